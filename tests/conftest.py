@@ -1,0 +1,41 @@
+"""What every test may count on: eight CPU devices and a warm compilation cache.
+
+Eight simulated devices appear where the default backend is the CPU. Single-device
+tests use the first; those that need a mesh pass `devices=jax.devices()[:n]`. The
+setting is made through JAX's configuration, not through XLA_FLAGS, so that programs
+started by a test see one device as a user would. Nothing here chooses the backend:
+on a GPU machine the suite runs on the GPU, and `JAX_PLATFORMS=cpu make test` on the
+CPU.
+
+Compiled programs are kept under `.pytest_cache`; the environment variable carries the
+cache to programs started by a test. `make clean` removes it.
+"""
+
+import os
+
+import jax
+import pytest
+
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+  jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+  cache = getattr(config, "cache", None)
+  if cache is None or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    return
+  settings = {
+    "jax_compilation_cache_dir": str(cache.mkdir("jax")),
+    "jax_persistent_cache_min_compile_time_secs": 0.5,
+    "jax_compilation_cache_max_size": 2 * 2**30,  # bytes; also locks the folder
+  }
+  for name, value in settings.items():
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+  if gpu_items and jax.default_backend() != "gpu":
+    for item in gpu_items:
+      item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
