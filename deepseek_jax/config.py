@@ -101,7 +101,7 @@ class ModelConfig:
     """Values kept per token and layer while generating."""
     if self.kv_lora_rank:
       return self.kv_lora_rank + self.qk_rope_head_dim
-    return 2 * self.n_heads * self.v_head_dim
+    return self.n_heads * (self.qk_head_dim + self.v_head_dim)
 
   def __post_init__(self):
     choices = {
@@ -200,9 +200,7 @@ V2_LITE = dataclasses.replace(
   n_limited_groups=1,
   route_scale=1.0,
 )
-CODER_V2_LITE = dataclasses.replace(
-  V2_LITE, name="coder_v2_lite", max_seq_len=163840
-)
+CODER_V2_LITE = dataclasses.replace(V2_LITE, name="coder_v2_lite", max_seq_len=163840)
 MOE_16B = dataclasses.replace(
   V2_LITE,
   name="moe_16b",
@@ -417,7 +415,9 @@ class TrainConfig:
 class DataConfig:
   """`path` empty: the sources of the running interpreter's standard library."""
 
-  path: str = ""  # file, folder or glob: text, .jsonl[.gz|.zst], .parquet, .array_record
+  path: str = (
+    ""  # file, folder or glob: text, .jsonl[.gz|.zst], .parquet, .array_record
+  )
   text_key: str = "text"  # field of a JSONL object, column of a Parquet file
   tokenizer: str = ""  # a HF tokenizer.json; empty: train one on the data
   tokenizer_vocab: int = 4096  # vocabulary of a tokenizer trained here
@@ -429,7 +429,9 @@ class DataConfig:
   workers: int = 2  # prefetching threads
 
   def __post_init__(self):
-    _require(0 <= self.fim_rate <= 1, f"data.fim_rate={self.fim_rate} must be in [0, 1]")
+    _require(
+      0 <= self.fim_rate <= 1, f"data.fim_rate={self.fim_rate} must be in [0, 1]"
+    )
     _require(
       0 <= self.validation_fraction < 1,
       f"data.validation_fraction={self.validation_fraction} must be in [0, 1)",
@@ -473,7 +475,7 @@ class Config:
   job: str = "pretrain"
   seed: int = 0
   precision: Literal["bf16", "fp32"] = "bf16"
-  model: ModelConfig = field(default_factory=lambda: TINY)
+  model: ModelConfig = field(default_factory=lambda: V3)
   mesh: MeshConfig = field(default_factory=MeshConfig)
   train: TrainConfig = field(default_factory=TrainConfig)
   data: DataConfig = field(default_factory=DataConfig)

@@ -1,0 +1,1 @@
+"""The DeepSeek models as Flax NNX modules: mathematics only."""

@@ -1,0 +1,158 @@
+"""Parameters, RMSNorm, embedding and SwiGLU: what every block is made of.
+
+A parameter's PartitionSpec stands beside its shape, here and nowhere else: `spec`
+names mesh axes for the dimensions that are split in compute. Everything not named
+is whole on every device. Sources: DeepSeek-V3 report, sections 2 and 4.2.
+
+Shape suffixes: B batch, T time, D model, F hidden, V vocabulary, L layers.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from deepseek_jax.mesh import PIPELINE
+from deepseek_jax.precision.linear import linear
+
+Module = TypeVar("Module", bound=nnx.Module)
+
+
+class RouterBias(nnx.Variable):
+  """The selection bias of a router: state that no gradient trains."""
+
+
+def weight(
+  key: jax.Array,
+  shape: tuple[int, ...],
+  std: float,
+  spec: P | None = None,
+  **flags: Any,
+) -> nnx.Param:
+  """A normal(0, std) parameter in FP32.
+
+  `high_precision=True` among the flags keeps it in FP32 in compute too.
+  """
+  value = std * jax.random.normal(key, shape, jnp.float32)
+  return nnx.Param(value, spec=spec or P(), **flags)
+
+
+def is_variable(node: Any) -> bool:
+  return isinstance(node, nnx.Variable)
+
+
+def map_variables(fn: Callable[[Any], Any], *trees: Any) -> Any:
+  """`jax.tree.map` over the variables of modules, metadata in hand."""
+  return jax.tree.map(fn, *trees, is_leaf=is_variable)
+
+
+def named_variables(module: Any) -> dict[str, Any]:
+  """The variables of a module by dotted path, the names that checkpoints use."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(module, is_leaf=is_variable)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="."): variable
+    for path, variable in leaves
+  }
+
+
+def stack(make: Callable[[jax.Array], Module], key: jax.Array, n: int) -> Module:
+  """n modules as one with a leading layer axis, which the pipeline splits."""
+  stacked = jax.vmap(make)(jax.random.split(key, n))
+  return map_variables(
+    lambda v: v.replace(spec=P(PIPELINE, *v.get_metadata()["spec"])), stacked
+  )
+
+
+def cast_for_compute(module: Module, dtype: Any) -> Module:
+  """The copy that forward and backward use; see `weight` for what stays FP32."""
+
+  def cast(variable):
+    if variable.get_metadata().get("high_precision"):
+      return variable
+    return variable.replace(variable[...].astype(dtype))
+
+  return map_variables(cast, module)
+
+
+def widen(x: jax.Array) -> jax.Array:
+  """x in FP32, or as it is if wider."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+class RMSNorm(nnx.Module):
+  """Root-mean-square normalisation over the last dimension, in FP32."""
+
+  def __init__(self, dim: int, eps: float):
+    self.weight = nnx.Param(
+      jnp.ones((dim,), jnp.float32), spec=P(), high_precision=True, norm=True
+    )
+    self.eps = eps
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    wide = widen(x)
+    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+    return (wide * scale * self.weight[...]).astype(x.dtype)
+
+
+@jax.custom_vjp
+def look_up(table_VD: jax.Array, ids: jax.Array) -> jax.Array:
+  """Rows of the table; the gradient sums repeated ids in FP32 before rounding."""
+  return table_VD[ids]
+
+
+def _look_up_fwd(table_VD, ids):
+  return table_VD[ids], (ids, jnp.zeros((0, *table_VD.shape), table_VD.dtype))
+
+
+def _look_up_bwd(residuals, g):
+  ids, like = residuals
+  wide = widen(g).reshape(-1, g.shape[-1])
+  total = jnp.zeros(like.shape[1:], wide.dtype).at[ids.reshape(-1)].add(wide)
+  return total.astype(like.dtype), None
+
+
+look_up.defvjp(_look_up_fwd, _look_up_bwd)
+
+
+class Embedding(nnx.Module):
+  def __init__(self, vocab: int, dim: int, std: float, key: jax.Array):
+    self.weight = weight(key, (vocab, dim), std)
+
+  def __call__(self, ids: jax.Array) -> jax.Array:
+    return look_up(self.weight[...], ids)
+
+
+class Head(nnx.Module):
+  """The output projection; the loss uses its weight chunk by chunk."""
+
+  def __init__(self, dim: int, vocab: int, std: float, key: jax.Array):
+    self.weight = weight(key, (dim, vocab), std)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Logits in FP32."""
+    w = self.weight[...]
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.matmul(x, w, preferred_element_type=wide)
+
+
+def swiglu(x_F2: jax.Array) -> jax.Array:
+  """silu(gate) * up for the two halves of the last dimension, in FP32 inside."""
+  gate, up = jnp.split(x_F2, 2, axis=-1)
+  return (jax.nn.silu(widen(gate)) * widen(up)).astype(x_F2.dtype)
+
+
+class FeedForward(nnx.Module):
+  """SwiGLU: w2(silu(w1 x) * (w3 x)), with w1 and w3 side by side in `w13`."""
+
+  def __init__(self, dim: int, hidden: int, std: float, key: jax.Array):
+    k13, k2 = jax.random.split(key)
+    self.w13 = weight(k13, (dim, 2 * hidden), std)
+    self.w2 = weight(k2, (hidden, dim), std)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    hidden = checkpoint_name(linear(x, self.w13[...]), "swiglu_input")
+    return linear(swiglu(hidden), self.w2[...])

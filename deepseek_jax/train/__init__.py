@@ -1,0 +1,1 @@
+"""Losses, the optimizer step and the loop around it."""
