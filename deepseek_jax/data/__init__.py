@@ -1,0 +1,1 @@
+"""Text to batches: sources, tokenizer, token cache, packing, and `make_data`."""
