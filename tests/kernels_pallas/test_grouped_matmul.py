@@ -1,0 +1,170 @@
+"""One suite over every implementation that runs here, against a NumPy float64 loop."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import grouped_matmul as gm
+from kernels_pallas.choose import target_platform
+
+IMPLS = [
+  "reference",
+  "blocks",
+  pytest.param("gpu", marks=pytest.mark.gpu),
+]
+# Groups in units of the row multiple, and the rows of padding after them; all have one
+# shape, so a compiled function serves them all.
+LAYOUTS = {
+  "ragged": ([3, 1, 2, 1, 1, 2], 0),
+  "empty groups": ([0, 3, 0, 0, 5, 0], 2),
+  "one group": ([0, 0, 9, 0, 0, 0], 1),
+  "one group fills all": ([0, 10, 0, 0, 0, 0], 0),
+  "only padding": ([0, 0, 0, 0, 0, 0], 10),
+}
+DTYPES = [jnp.float32, jnp.bfloat16]
+
+
+def exact(x, w, sizes, dy):
+  """y, dx, dw in float64, and the sums of magnitudes that bound their rounding."""
+  y, dx, dw = np.zeros((len(x), w.shape[2])), np.zeros(x.shape), np.zeros(w.shape)
+  start = 0
+  for e, size in enumerate(sizes):
+    rows = slice(start, start + size)
+    y[rows], dx[rows], dw[e] = x[rows] @ w[e], dy[rows] @ w[e].T, x[rows].T @ dy[rows]
+    start += size
+  return y, dx, dw
+
+
+def assert_close(got, want, magnitude, terms, dtype):
+  """Per element: FP32 accumulation of `terms` products, then one rounding to dtype.
+
+  Summing n products in FP32 in any order errs by less than n * 2^-24 of the sum of
+  their magnitudes (inputs are exact, BF16 products are exact in FP32); rounding to
+  dtype adds half a unit in the last place, eps/2 of the value.
+  """
+  bound = terms * 2.0**-24 * magnitude + float(jnp.finfo(dtype).eps) / 2 * abs(want)
+  error = abs(np.asarray(got, np.float64) - want)
+  assert np.isfinite(error).all()
+  assert (error <= bound * 1.01).all(), (error / np.maximum(bound, 1e-300)).max()
+
+
+def inputs(units, padding, multiple, d, f, dtype, seed=0):
+  rng = np.random.default_rng(seed)
+  sizes = np.array(units, np.int32) * multiple
+  rows, experts = int(sizes.sum()) + padding * multiple, len(units)
+  x = jnp.asarray(rng.normal(size=(rows, d)), dtype)
+  w = jnp.asarray(rng.normal(size=(experts, d, f)), dtype)
+  dy = jnp.asarray(rng.normal(size=(rows, f)), dtype)
+  return x, w, jnp.asarray(sizes), dy
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_gradients(impl, x, w, sizes, dy):
+  y, vjp = jax.vjp(lambda x, w: gm.grouped_matmul(x, w, sizes, impl=impl), x, w)
+  return (y, *vjp(dy))
+
+
+def dims(impl):
+  return (128, 256) if impl in ("gpu", "tpu") else (24, 40)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_values_and_gradients(impl, layout, dtype):
+  if impl == "gpu" and dtype == jnp.float32:
+    pytest.skip("the gpu kernels are BF16 only; test_refusals checks the message")
+  d, f = dims(impl)
+  x, w, sizes, dy = inputs(*LAYOUTS[layout], gm.row_multiple(impl), d, f, dtype)
+  got = value_and_gradients(impl, x, w, sizes, dy)
+  x, w, dy = (np.asarray(a, np.float64) for a in (x, w, dy))
+  want = exact(x, w, sizes, dy)
+  magnitudes = exact(abs(x), abs(w), sizes, abs(dy))
+  for g, value, magnitude, terms in zip(got, want, magnitudes, (d, f, len(x))):
+    assert g.dtype == dtype
+    assert_close(g, value, magnitude, terms, dtype)
+  y, dx, dw = (np.asarray(g, np.float64) for g in got)
+  used = int(sizes.sum())
+  assert (y[used:] == 0).all()
+  assert (dx[used:] == 0).all()
+  assert (dw[np.asarray(sizes) == 0] == 0).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_padding_is_never_read(impl):
+  d, f = dims(impl)
+  x, w, sizes, dy = inputs(
+    [2, 0, 1, 0, 1, 1], 5, gm.row_multiple(impl), d, f, jnp.bfloat16
+  )
+  used = int(sizes.sum())
+  clean = value_and_gradients(impl, x, w, sizes, dy)
+  poisoned = value_and_gradients(
+    impl, x.at[used:].set(jnp.nan), w, sizes, dy.at[used:].set(jnp.inf)
+  )
+  for a, b in zip(clean, poisoned):
+    np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_dw_in_fp32_keeps_what_bf16_rounds_away(impl):
+  d, f = dims(impl)
+  x, _, sizes, dy = inputs(
+    [4, 0, 2, 0, 1, 1], 2, gm.row_multiple(impl), d, f, jnp.bfloat16
+  )
+  dw = gm.grouped_matmul_dw(x, dy, sizes, impl=impl)
+  assert dw.dtype == jnp.float32
+  x, dy = np.asarray(x, np.float64), np.asarray(dy, np.float64)
+  w = np.zeros((6, d, f))
+  want, magnitude = exact(x, w, sizes, dy)[2], exact(abs(x), w, sizes, abs(dy))[2]
+  assert_close(dw, want, magnitude, len(x), jnp.float32)
+
+
+def test_blocks_that_straddle_groups_and_the_end():
+  # More rows than one block, sizes that are no multiple of a block.
+  x, w, sizes, dy = inputs([1, 40, 17, 0, 5], 1, 8, 16, 8, jnp.float32)
+  got = value_and_gradients("blocks", x, w, sizes, dy)
+  args = [np.asarray(a, np.float64) for a in (x, w, dy)]
+  want = exact(args[0], args[1], sizes, args[2])
+  magnitude = exact(abs(args[0]), abs(args[1]), sizes, abs(args[2]))
+  for g, v, m, terms in zip(got, want, magnitude, (16, 8, len(x))):
+    assert_close(g, v, m, terms, jnp.float32)
+
+
+def test_group_sizes_are_run_time_values():
+  traces = []
+
+  @jax.jit
+  def f(x, w, sizes):
+    traces.append(1)
+    return gm.grouped_matmul(x, w, sizes, impl="blocks")
+
+  x, w, _, _ = inputs([2, 2], 0, 8, 8, 8, jnp.float32)
+  for sizes in ([16, 16], [32, 0], [0, 8]):
+    y = f(x, w, jnp.array(sizes, jnp.int32))
+    want, *_ = exact(np.asarray(x), np.asarray(w), sizes, np.zeros((32, 8)))
+    np.testing.assert_allclose(y, want, atol=1e-5)  # 8 products of about 1, FP32
+  assert len(traces) == 1
+
+
+def test_refusals():
+  x, w, sizes, _ = inputs([1, 1], 0, 128, 128, 128, jnp.float32)
+  with pytest.raises(ValueError, match="impl='nosuch' is unknown"):
+    gm.grouped_matmul(x, w, sizes, impl="nosuch")
+  with pytest.raises(ValueError, match="bfloat16 and float32"):
+    gm.grouped_matmul(x.astype(jnp.bfloat16), w, sizes)
+  with pytest.raises(ValueError, match="2 integer group sizes"):
+    gm.grouped_matmul(x, w, sizes[:1])
+  with pytest.raises(ValueError, match=r"x \[Z, D\] and w \[E, D, F\]"):
+    gm.grouped_matmul(x[:, :5], w, sizes)
+
+
+def test_default_runs_on_this_platform():
+  x, w, sizes, _ = inputs([1, 2], 0, gm.row_multiple(), 128, 128, jnp.float32)
+  assert target_platform() in ("cpu", "gpu", "tpu")
+  y = gm.grouped_matmul(x, w, sizes)
+  want = gm.grouped_matmul(x, w, sizes, impl="reference")
+  # 128 products in FP32: 128 * 2^-24 of a sum of magnitudes of about 100.
+  np.testing.assert_allclose(y, want, atol=1e-3)
