@@ -26,9 +26,11 @@ if [ -e .venv ] || [ -L .venv ]; then
   if [ -e "$marker" ] || ! runs ||
     { [ -e "$stamp" ] && [ "$(head -n 1 "$stamp")" != "$(pwd -P)" ]; }; then
     echo 'Removing .venv: it is incomplete, moved or too old'
-    rm -rf .venv
+    rm -rf .venv.old # renamed first: half a removed environment could look whole
+    mv .venv .venv.old
   fi
 fi
+rm -rf .venv.old
 uv=$(command -v uv || true)
 if [ ! -e .venv ]; then
   base=$(sh .ci/find_python.sh)
