@@ -7,6 +7,7 @@ that V3 also has first. Left out: V3's random splitting of merged punctuation an
 breaks during training, whose share is unpublished (DeepSeek-V3 report, section 4.1).
 """
 
+import itertools
 import json
 import os
 import random
@@ -17,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from deepseek_jax.data.ascii_words import AsciiWords
 
 # The rules of V3's tokenizer.json, applied one after the other: digits in runs of at
 # most three; Chinese characters and kana apart; then words (with one leading space or
@@ -59,7 +62,7 @@ _NAMES = {
   ),
   "fim_end": (SPECIALS[5], "<|fim_middle|>", "<fim_middle>", "<fim-middle>", "▁<MID>"),
 }
-_PIECE = 1 << 16  # characters
+_PIECE = 1 << 12  # characters
 _SAMPLE_BYTES = 4_000_000  # text that a tokenizer is trained on
 _CUT = re.compile(r"\n(?=\S)")
 
@@ -99,10 +102,11 @@ class Tokenizer:
     self.fim_end = find("fim_end")
     self._plain = _without_specials(backend)
     self._cuts_lines = all(
-      self._encode_plain(line) + self._encode_plain("word")
-      == self._encode_plain(line + "word")
+      self._encode_plain([line + "word"])[0]
+      == [id_ for ids in self._encode_plain([line, "word"]) for id_ in ids]
       for line in ("x\n", ".\n\n", "x  \n\n")
     )
+    self._ascii = AsciiWords(self._encode_plain) if _has_v3_rules(backend) else None
 
   @classmethod
   def from_file(cls, path: str | os.PathLike[str]) -> "Tokenizer":
@@ -148,9 +152,6 @@ class Tokenizer:
       raise ValueError(f"{text!r} is {len(ids)} tokens of {self.name}, not one")
     return ids[0]
 
-  def _encode_plain(self, text: str) -> list[int]:
-    return self._plain.encode(text, add_special_tokens=False).ids
-
   def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
     """Ids of many texts, on all cores; nothing in them becomes a special token.
 
@@ -158,24 +159,54 @@ class Tokenizer:
     cuts lie after a line break with text behind it, where V3's rules cut anyway; a
     tokenizer that does not (SentencePiece's, say) gets whole texts.
     """
-    if self._cuts_lines:
-      pieces = [list(split_pieces(text)) for text in texts]
-    else:
-      pieces = [[text] for text in texts]
-    encoded = iter(
-      self._plain.encode_batch_fast(
-        [piece for parts in pieces for piece in parts], add_special_tokens=False
-      )
-    )
-    return [
-      np.concatenate([np.array(next(encoded).ids, np.uint32) for _ in parts])
-      for parts in pieces
-    ]
+    split = split_pieces if self._cuts_lines else lambda text: [text]
+    pieces = [list(split(text)) for text in texts]
+    encoded = iter(self._encode_pieces([p for parts in pieces for p in parts]))
+    return [np.concatenate([next(encoded) for _ in parts]) for parts in pieces]
+
+  def _encode_pieces(self, pieces: list[str]) -> list[np.ndarray]:
+    easy = [bool(self._ascii) and self._ascii.accepts(piece) for piece in pieces]
+    others = self._encode_plain([p for p, is_easy in zip(pieces, easy) if not is_easy])
+    hard = (np.array(ids, np.uint32) for ids in others)
+    if not self._ascii:
+      return list(hard)
+    fast = iter(self._ascii.encode(list(itertools.compress(pieces, easy))))
+    return [next(fast if is_easy else hard) for is_easy in easy]
+
+  def _encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
+    encoded = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [encoding.ids for encoding in encoded]
+
+
+def _v3_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+  splits = [
+    pre_tokenizers.Split(tokenizers.Regex(rule), "isolated") for rule in V3_SPLITS
+  ]
+  to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  return pre_tokenizers.Sequence([*splits, to_bytes])  # pyright: ignore
+
+
+def _has_v3_rules(backend: tokenizers.Tokenizer) -> bool:
+  """Whether `backend` splits text exactly as those trained here do."""
+  ours = tokenizers.Tokenizer(models.BPE())
+  ours.pre_tokenizer = _v3_pre_tokenizer()  # pyright: ignore[reportAttributeAccessIssue]
+  mine, theirs = json.loads(ours.to_str()), json.loads(backend.to_str())
+  return (
+    theirs["normalizer"] is None
+    and theirs["pre_tokenizer"] == mine["pre_tokenizer"]
+    and theirs["model"]["type"] == "BPE"
+    and not theirs["model"]["dropout"]
+    and {token["content"] for token in theirs["added_tokens"]} <= _special_names()
+  )
+
+
+def _special_names() -> set[str]:
+  return {name for names in _NAMES.values() for name in names} | set(SPECIALS)
 
 
 def _without_specials(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
   """A copy to which the names of special tokens are ordinary text."""
-  names = {name for names in _NAMES.values() for name in names} | set(SPECIALS)
+  names = _special_names()
   definition = json.loads(backend.to_str())
   for token in definition["added_tokens"]:
     # Some tokenizers, V3's among them, do not mark all of these as special.
@@ -186,7 +217,7 @@ def _without_specials(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 def split_pieces(text: str) -> Iterator[str]:
-  """Cuts a text at line breaks into pieces of about 64 KB; at least one."""
+  """Cuts a text at line breaks into pieces of about 4 KB; at least one."""
   start = 0
   while len(text) - start > _PIECE:
     cut = _CUT.search(text, start + _PIECE)
@@ -210,11 +241,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
       "tokens and 256 bytes"
     )
   backend = tokenizers.Tokenizer(models.BPE())
-  splits = [
-    pre_tokenizers.Split(tokenizers.Regex(rule), "isolated") for rule in V3_SPLITS
-  ]
-  to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-  backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])  # pyright: ignore
+  backend.pre_tokenizer = _v3_pre_tokenizer()  # pyright: ignore
   backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
   trainer = trainers.BpeTrainer(
     vocab_size=vocab_size,

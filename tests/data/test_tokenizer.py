@@ -1,5 +1,6 @@
 """V3's splitting rules, special tokens, and the tokenizer that a workdir keeps."""
 
+import random
 import re
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from tokenizers import Regex, pre_tokenizers
 
 from deepseek_jax.data import tokenizer as tokenizer_lib
+from deepseek_jax.data.sources import Documents
 from deepseek_jax.data.tokenizer import (
   SPECIALS,
   V3_SPLITS,
@@ -93,9 +95,44 @@ def test_long_documents_are_cut_without_a_trace(monkeypatch):
     np.testing.assert_array_equal(ids, expected)
 
 
+def test_ascii_texts_take_the_fast_way_to_the_same_tokens():
+  tokenizer = train_tokenizer(Documents(max_bytes=200_000), 1000)
+  rng = random.Random(0)
+  # Every kind of neighbour that the rules tell apart, and real code.
+  units = [
+    "a",
+    "Bc",
+    "7",
+    "0",
+    "(",
+    "_",
+    "=",
+    " ",
+    "  ",
+    "\t",
+    "\n",
+    "\r\n",
+    "\v",
+    "\f",
+  ]
+  texts = ["".join(rng.choices(units, k=rng.randint(0, 12))) for _ in range(5000)]
+  texts += [
+    piece for text in Documents(max_bytes=400_000) for piece in split_pieces(text)
+  ]
+  words = tokenizer._ascii
+  assert words is not None
+  texts = [text for text in texts if words.accepts(text)]
+  assert len(texts) > 5000
+  for expected, ids in zip(tokenizer._encode_plain(texts), words.encode(texts)):
+    assert ids.tolist() == expected
+  for text in ("\x00a", "\x1f", "\x7f", "é"):
+    assert not words.accepts(text)
+
+
 def test_a_tokenizer_without_v3_rules_gets_whole_documents(tmp_path, monkeypatch):
   path = make_gpt2_file(tmp_path / "t.json", ["<|endoftext|>"], vocab_size=400)
   tokenizer = Tokenizer.from_file(path)
+  assert tokenizer._ascii is None
   texts = [text.replace(";\n", " \n\n") for text in make_texts(20)]
   monkeypatch.setattr(tokenizer_lib, "_PIECE", 100)
   for text, ids in zip(texts, tokenizer.encode_documents(texts), strict=True):
