@@ -187,7 +187,9 @@ def make_train_step(config: Config, mesh: Mesh, capacity: float) -> Callable:
     out_specs=(specs, P()),
     check_vma=False,
   )
-  return jax.jit(step, donate_argnums=0)
+  # Said outright, or jit forgets axes of size 1 and the second call compiles again.
+  out = (_shardings(config, mesh), NamedSharding(mesh, P()))
+  return jax.jit(step, donate_argnums=0, out_shardings=out)
 
 
 def _local_step(config, blueprint, run, state: TrainState, batch, scalars: Scalars):
