@@ -31,6 +31,8 @@ import tqdm
 from deepseek_jax.data.sources import Documents
 from deepseek_jax.data.tokenizer import Tokenizer
 
+log = logging.getLogger("deepseek_jax")
+
 _VERSION = 1
 _BATCH_BYTES = 4_000_000  # text tokenised in one call
 _FILES = ("tokens.bin", "offsets.npy", "sizes.npy")
@@ -67,7 +69,7 @@ def load_corpus(
     reason = _damage(path)
     if not reason:
       return _open(path)
-    logging.warning("%s is damaged (%s): tokenising again", path, reason)
+    log.warning("%s is damaged (%s): tokenising again", path, reason)
     shutil.rmtree(path)
   # The same name each time: what a killed run left behind is removed.
   partial = path.with_name(f"{path.name}.{process}.tmp")
@@ -102,7 +104,7 @@ def _build(documents: Documents, tokenizer: Tokenizer, folder: Path) -> None:
         sizes.append(len(text.encode()))
         progress.update(sizes[-1])
     if documents.undecodable:
-      logging.info("skipped %d files that are not UTF-8", documents.undecodable)
+      log.info("skipped %d files that are not UTF-8", documents.undecodable)
   if not sizes:
     raise ValueError(f"data.path={documents.path!r} has no text")
   np.save(folder / "offsets.npy", np.array(offsets, np.int64))
