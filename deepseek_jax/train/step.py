@@ -344,14 +344,18 @@ def make_eval_step(config: Config, mesh: Mesh, capacity: float) -> Callable:
   )
 
 
-def make_gather(config: Config, mesh: Mesh) -> Callable[[TrainState], Transformer]:
-  """state -> the model in compute precision, split as in compute (for generation)."""
+def make_gather(config: Config, mesh: Mesh) -> Callable[[Arrays, Arrays], Transformer]:
+  """(params, bias) of a state -> the model in compute precision, split as in compute.
+
+  For generation.
+  """
   blueprint = Blueprint.of(config, mesh)
+  specs = state_specs(blueprint)
   return jax.jit(
     jax.shard_map(
-      lambda state: blueprint.gather(state.params, state.bias),
+      blueprint.gather,
       mesh=mesh,
-      in_specs=(state_specs(blueprint),),
+      in_specs=(specs.params, specs.bias),
       out_specs=blueprint.compute_specs(),
       check_vma=False,
     )

@@ -1,0 +1,52 @@
+"""PNG plots of a finished run: the loss curves and the load of every expert."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+def plot_losses(records: list[dict[str, Any]], path: Path) -> None:
+  """Loss, MTP loss and validation loss (nats a token) against tokens seen.
+
+  Args:
+    records: as in metrics.jsonl; fields that are absent or null are left out.
+  """
+  figure = Figure(figsize=(8, 5), layout="constrained")
+  axis = figure.add_subplot()
+  curves: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("loss", "training", {"linewidth": 1}),
+    ("mtp_loss", "MTP", {"linewidth": 1, "alpha": 0.7}),
+    ("validation_loss", "validation", {"marker": "o", "color": "black"}),
+  )
+  for name, label, style in curves:
+    points = [(r["tokens"], r[name]) for r in records if r.get(name) is not None]
+    if points:
+      axis.plot(*zip(*points), label=label, **style)
+  axis.set(xlabel="tokens", ylabel="loss (nats a token)")
+  axis.grid(alpha=0.3)
+  if axis.has_data():
+    axis.legend()
+  _save(figure, path)
+
+
+def plot_expert_load(load_LE: np.ndarray, path: Path) -> None:
+  """Load of every expert (column) in every layer (row), as multiples of the mean."""
+  load = np.asarray(load_LE, np.float64)
+  relative = load / np.maximum(load.mean(axis=1, keepdims=True), 1e-9)
+  height = 1.5 + 0.25 * len(load)
+  figure = Figure(figsize=(8, height), layout="constrained")
+  axis = figure.add_subplot()
+  image = axis.imshow(
+    relative, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest"
+  )
+  axis.set(xlabel="expert", ylabel="MoE layer", yticks=range(len(load)))
+  figure.colorbar(image, label="load / mean load")
+  _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  FigureCanvasAgg(figure).print_figure(path, dpi=120)
