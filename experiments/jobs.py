@@ -1,0 +1,105 @@
+"""The jobs of `experiments.run`, each a short function."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from deepseek_jax.config import Config
+from deepseek_jax.data.pipeline import make_data
+from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.infer.generate import generate_text
+from deepseek_jax.io.checkpoint import Restored, restore_newest
+from deepseek_jax.mesh import make_mesh
+from deepseek_jax.train import loop, step
+from deepseek_jax.train.evaluation import Evaluation
+from deepseek_jax.train.finish import write_samples
+from experiments import workdir
+
+
+def join_processes() -> None:
+  """Several processes, one run; where and how many comes from the environment."""
+  jax.distributed.initialize()
+
+
+def pretrain(config: Config, folder: str) -> None:
+  """Trains from scratch, or on from the newest checkpoint in `folder`."""
+  if jax.process_index() == 0:
+    workdir.claim(config, folder)
+  _keep_programs(folder)
+  loop.train(config, folder)
+
+
+def generate(config: Config, folder: str) -> None:
+  """Completes the prompts with the newest checkpoint of a training workdir."""
+  source = Path(config.generate.checkpoint or folder)
+  key = jax.random.key(config.seed)  # of sampling; the run's seed cut its data
+  if not config.generate.prompts:
+    raise ValueError("generate.prompts is empty: give some text to complete")
+  config = _as_trained(config, source)
+  mesh = make_mesh(**dataclasses.asdict(config.mesh))
+  whole = step.abstract_state(config, mesh)
+  found = _restore(source, {"params": whole.params, "bias": whole.bias})
+  tokenizer = Tokenizer.from_file(source / "tokenizer.json")
+  texts = generate_text(
+    step.make_gather(config, mesh)(found.state["params"], found.state["bias"]),
+    config,
+    tokenizer,
+    config.generate.prompts,
+    config.generate,
+    mesh=mesh,
+    key=key,
+  )
+  if jax.process_index() == 0:
+    path = Path(folder) / "samples" / f"generated_{found.step}.txt"
+    print(write_samples(config.generate.prompts, texts, path).read_text("utf-8"))
+    print(f"checkpoint: {source / 'checkpoints' / str(found.step)}")
+    print(f"samples:    {path}")
+
+
+def evaluate(config: Config, folder: str) -> None:
+  """Validation loss and bits per byte of a training workdir's newest checkpoint."""
+  source = Path(config.generate.checkpoint or folder)
+  config = _as_trained(config, source)
+  mesh = make_mesh(**dataclasses.asdict(config.mesh))
+  found = _restore(source, vars(step.abstract_state(config, mesh)))
+  data = make_data(config, source)
+  values = Evaluation(config, mesh, data)(step.TrainState(**found.state))
+  if not values:
+    raise ValueError("data.validation_fraction=0 leaves nothing to evaluate on")
+  if jax.process_index() == 0:
+    print(json.dumps({"step": found.step, **values}))
+
+
+def _as_trained(config: Config, source: Path) -> Config:
+  """The training run's config, cut for this job's mesh and with its prompts."""
+  trained = workdir.read(source)
+  train = dataclasses.replace(
+    trained.train,
+    micro_batch_size=config.train.micro_batch_size,
+    eval_batches=config.train.eval_batches,
+    capacities=config.train.capacities,
+  )
+  return dataclasses.replace(
+    trained, mesh=config.mesh, train=train, generate=config.generate
+  )
+
+
+def _restore(source: Path, abstract: dict[str, Any]) -> Restored:
+  found = restore_newest(source / "checkpoints", abstract)
+  if found is None:
+    raise FileNotFoundError(f"{source} has no checkpoint yet: train there first")
+  return found
+
+
+def _keep_programs(folder: str) -> None:
+  """Keeps compiled programs in the workdir of a run on an accelerator.
+
+  A run that goes on then starts at once, and with the very same kernels: compiled
+  again, an autotuner might choose others, which round otherwise. On CPUs, where
+  nothing is tuned, compiled code may not fit the next machine.
+  """
+  if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
+    jax.config.update("jax_compilation_cache_dir", str(Path(folder) / "programs"))

@@ -1,0 +1,169 @@
+"""The one entry point: a config, a workdir, and the job that the config names.
+
+    python -m experiments.run --config=experiments/configs/pretrain.py:tiny \
+      --workdir=runs/tiny --config.train.steps=100
+
+Exit code 0 when the job is done, or was stopped by SIGTERM or Ctrl-C with a
+checkpoint. What a user can mend (a wrong setting, a missing file, a full disk, a
+workdir of another config) is one line on stderr and exit code 1; `--debug` adds the
+traceback. Anything else is a defect and keeps its traceback.
+"""
+
+import errno
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+# Before JAX is imported. GPUs: leave XLA most of the memory, but not so much that
+# libraries outside it (cuBLAS, NCCL) find none.
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+from tqdm import tqdm
+
+from deepseek_jax.config import Config
+from experiments import overrides
+
+overrides.register_tuple_parser(config_flags)
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "config file, with a variant: experiments/configs/pretrain.py:tiny"
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run's files")
+_DEBUG = flags.DEFINE_bool("debug", False, "show tracebacks and library logs")
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed", False, "one of several processes: call jax.distributed.initialize()"
+)
+_PACKAGES = ("deepseek_jax", "kernels_pallas", "experiments", "__main__")
+_FILE_ERRORS = (
+  FileNotFoundError,
+  NotADirectoryError,
+  IsADirectoryError,
+  PermissionError,
+)
+_NO_SPACE = ("no space left on device", "disk quota exceeded")
+
+
+def main(_: Sequence[str]) -> None:
+  _set_up_logging()
+  try:
+    if _CONFIG.value is None:
+      raise ValueError(
+        "--config is missing: try --config=experiments/configs/pretrain.py:tiny"
+      )
+    config = overrides.to_config(_CONFIG.value)
+    if not _WORKDIR.value:
+      raise ValueError("--workdir is missing: name a folder for the run's files")
+    _run(config, _WORKDIR.value)
+  except KeyboardInterrupt:
+    _stop("interrupted before there was anything to save", code=130)
+  except Exception as error:
+    if _DEBUG.value or not is_expected(error):
+      raise
+    _stop(describe(error))
+
+
+def _run(config: Config, folder: str) -> None:
+  """Does the job; JAX is imported here, so that mistakes above show at once."""
+  if config.job not in ("pretrain", "generate", "evaluate"):
+    raise ValueError(
+      f"job={config.job!r} is unknown: use pretrain, generate or evaluate"
+    )
+  from experiments import jobs
+
+  if _DISTRIBUTED.value:
+    jobs.join_processes()
+  match config.job:
+    case "pretrain":
+      jobs.pretrain(config, folder)
+    case "generate":
+      jobs.generate(config, folder)
+    case "evaluate":
+      jobs.evaluate(config, folder)
+
+
+def is_expected(error: BaseException) -> bool:
+  """Whether the user can mend it: errors that our code raises, files and disks.
+
+  A ValueError out of a library, as from a defect of ours, is not expected.
+  """
+  if _is_no_space(error) or isinstance(error, _FILE_ERRORS):
+    return True
+  if isinstance(error, flags.Error):
+    return True
+  if not isinstance(error, ValueError | FloatingPointError):
+    return False
+  frames = list(traceback.walk_tb(error.__traceback__))
+  raised_in = frames[-1][0].f_globals.get("__name__", "") if frames else ""
+  return raised_in.split(".")[0] in _PACKAGES
+
+
+def describe(error: BaseException) -> str:
+  """The error in one line."""
+  if _is_no_space(error):
+    return (
+      f"no space left on the disk of {_WORKDIR.value or 'the workdir'}: free some "
+      "space and give the same command again, it continues from the last whole "
+      "checkpoint"
+    )
+  if isinstance(error, flags.Error):
+    return overrides.last_line(error)
+  if isinstance(error, OSError) and error.strerror:
+    return f"{error.strerror}: {error.filename}"
+  return " ".join(str(error).split())
+
+
+def _is_no_space(error: BaseException | None) -> bool:
+  """Whether it, or what caused it, is a full disk; Orbax and TensorStore wrap it."""
+  while error is not None:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+      return True
+    if any(text in str(error).lower() for text in _NO_SPACE):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
+
+
+def parse_arguments(argv: Sequence[str]) -> list[str]:
+  """absl's flag parser, with one line for each mistake."""
+  try:
+    overrides.check_arguments(list(argv))
+    return flags.FLAGS(argv)
+  except (flags.Error, ValueError, TypeError, OSError) as error:
+    if "--debug" in argv:
+      raise
+    _stop(overrides.last_line(error))
+
+
+def _stop(line: str, code: int = 1) -> NoReturn:
+  """Ends the program with one line on stderr."""
+  sys.stdout.flush()
+  print(f"error: {line}", file=sys.stderr)
+  sys.exit(code)
+
+
+class _ProgressHandler(logging.Handler):
+  """Writes log lines above the progress bar."""
+
+  def emit(self, record: logging.LogRecord) -> None:
+    tqdm.write(self.format(record), file=sys.stderr)
+
+
+def _set_up_logging() -> None:
+  """Our own lines as they are; those of libraries only with --debug."""
+  ours = logging.getLogger("deepseek_jax")
+  handler = _ProgressHandler()
+  ours.handlers, ours.propagate = [handler], False
+  ours.setLevel(logging.INFO)
+  if not _DEBUG.value:
+    # Orbax logs whole tracebacks of errors that end here as one line.
+    absl_logging.set_verbosity(absl_logging.FATAL)
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=parse_arguments)

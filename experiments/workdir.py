@@ -1,0 +1,95 @@
+"""A workdir belongs to one config: config.json says which.
+
+A run may be continued with other values of the settings below only. They change where
+and for how long it runs and what it reports, not which numbers it computes (beyond
+rounding); anything else would continue another model's state, or another recipe.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from deepseek_jax import config as configs
+from deepseek_jax.config import Config
+from experiments.overrides import flatten
+
+_MAY_CHANGE = (
+  "job",  # generate and evaluate read the workdir of a pretrain run
+  "mesh.",  # checkpoints do not depend on the mesh
+  "train.micro_batch_size",  # how a global batch is cut, as the mesh
+  "train.remat",  # recomputation
+  "train.steps",  # train longer (a schedule with fit_to_run stretches)
+  "train.capacities",  # bounds of buffers; no token is dropped under any
+  "train.max_bad_steps",  # when to give up
+  "train.log_every",
+  "train.eval_every",
+  "train.eval_batches",
+  "checkpoint.",
+  "data.workers",  # reading ahead; the order of samples stays
+  "generate.",
+)
+
+
+def claim(config: Config, workdir: str | Path) -> None:
+  """Makes `workdir` the home of `config`, or checks that it is.
+
+  Raises:
+    ValueError: it belongs to another config; the differing settings are named and
+      nothing is changed.
+  """
+  path = Path(workdir) / "config.json"
+  if not path.exists():
+    if any(Path(workdir).glob("checkpoints/*")):
+      raise ValueError(
+        f"{workdir} has checkpoints but no config.json to say whose they are: "
+        "use another workdir"
+      )
+    path.parent.mkdir(parents=True, exist_ok=True)
+  else:
+    refuse_differences(read(workdir), config, workdir)
+  _write(path, config)
+
+
+def read(workdir: str | Path) -> Config:
+  """The config that a workdir belongs to.
+
+  Raises:
+    FileNotFoundError: it is no workdir.
+    ValueError: its config.json cannot be read.
+  """
+  path = Path(workdir) / "config.json"
+  if not path.exists():
+    raise FileNotFoundError(
+      f"{path} does not exist: name the workdir of a training run"
+    )
+  try:
+    return configs.from_dict(Config, json.loads(path.read_text("utf-8")))
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"{path} is not a readable config ({error})") from error
+
+
+def refuse_differences(before: Config, now: Config, workdir: str | Path) -> None:
+  """Raises the ValueError of `claim` if a run of `before` cannot go on as `now`."""
+  old, new = (flatten(configs.to_dict(config)) for config in (before, now))
+  differing = [
+    f"{key} is {_show(old[key])} there and {_show(new[key])} here"
+    for key in new
+    if old[key] != new[key] and not key.startswith(_MAY_CHANGE)
+  ]
+  if differing:
+    raise ValueError(
+      f"{workdir} belongs to another config: {'; '.join(differing)}: "
+      "use another workdir, or give these settings their values there"
+    )
+
+
+def _show(value: Any) -> str:
+  text = repr(value)
+  return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _write(path: Path, config: Config) -> None:
+  temporary = path.with_suffix(".part")
+  text = json.dumps(configs.to_dict(config), indent=2, ensure_ascii=False)
+  temporary.write_text(text + "\n", encoding="utf-8")
+  temporary.rename(path)
