@@ -11,12 +11,12 @@ from deepseek_jax.config import Config
 from deepseek_jax.data.pipeline import make_data
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.infer.generate import generate_text
+from deepseek_jax.io import workdir
 from deepseek_jax.io.checkpoint import Restored, restore_newest
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.train import loop, step
 from deepseek_jax.train.evaluation import Evaluation
 from deepseek_jax.train.finish import write_samples
-from experiments import workdir
 
 
 def join_processes() -> None:
@@ -26,8 +26,6 @@ def join_processes() -> None:
 
 def pretrain(config: Config, folder: str) -> None:
   """Trains from scratch, or on from the newest checkpoint in `folder`."""
-  if jax.process_index() == 0:
-    workdir.claim(config, folder)
   _keep_programs(folder)
   loop.train(config, folder)
 

@@ -5,6 +5,7 @@ Every error is a `ValueError` of one line that names the key or value and the me
 
 import ast
 import difflib
+import os
 import re
 from typing import Any
 
@@ -13,6 +14,7 @@ from ml_collections.config_flags import tuple_parser
 
 from deepseek_jax import config as configs
 from deepseek_jax.config import Config
+from deepseek_jax.io.workdir import flatten
 
 
 def to_config_dict(config: Config) -> ConfigDict:
@@ -40,25 +42,19 @@ def to_config(values: ConfigDict) -> Config:
 
 
 def check_arguments(argv: list[str]) -> None:
-  """Refuses `--config.KEY` arguments whose KEY no config has.
+  """Refuses `--config.KEY` arguments whose KEY no config has, and a missing file.
 
-  Done before flags are parsed, whose own message for this is a traceback.
+  Done before flags are parsed, whose own messages for these are tracebacks.
   """
-  for argument in argv:
-    found = re.match(r"--?(?:no)?config\.([^=]*)", argument)
-    if found:
-      _check_key(found[1])
-
-
-def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  """{'train': {'steps': 1}} as {'train.steps': 1}."""
-  flat: dict[str, Any] = {}
-  for name, value in nested.items():
-    if isinstance(value, dict):
-      flat.update(flatten(value, f"{prefix}{name}."))
-    else:
-      flat[prefix + name] = value
-  return flat
+  for argument, following in zip(argv, [*argv[1:], ""]):
+    key = re.match(r"--?(?:no)?config\.([^=]*)", argument)
+    if key:
+      _check_key(key[1])
+    file = re.match(r"--?config(?:=(.*)|$)", argument)
+    if file:
+      path = (following if file[1] is None else file[1]).split(":")[0]
+      if not os.path.isfile(path):
+        raise FileNotFoundError(f"the config file {path!r} does not exist")
 
 
 def nearest_key(key: str) -> str:

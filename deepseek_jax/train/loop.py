@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from deepseek_jax.config import Config
 from deepseek_jax.data.pipeline import Data, make_data
+from deepseek_jax.io import workdir as home
 from deepseek_jax.io.checkpoint import Checkpoints, check_space, tree_bytes
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.train import metrics as reporting
@@ -162,6 +163,7 @@ def train(
 
 def begin(config: Config, workdir: Path, devices: Sequence[Any] | None = None) -> Run:
   """Prepares the data and the state, restored or fresh; `devices` None means all."""
+  home.check(config, workdir)
   mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
   abstract = abstract_state(config, mesh)
   saved = tree_bytes(abstract)
@@ -170,6 +172,8 @@ def begin(config: Config, workdir: Path, devices: Sequence[Any] | None = None) -
   check_space(workdir / "checkpoints", saved, config.checkpoint.keep)
   rows_of_micro_batch(config, mesh)
   data = make_data(config, workdir)
+  if jax.process_index() == 0:
+    home.claim(config, workdir)
   checkpoints = Checkpoints(
     workdir / "checkpoints", config.checkpoint.keep, config.checkpoint.asynchronous
   )

@@ -11,7 +11,6 @@ from typing import Any
 
 from deepseek_jax import config as configs
 from deepseek_jax.config import Config
-from experiments.overrides import flatten
 
 _MAY_CHANGE = (
   "job",  # generate and evaluate read the workdir of a pretrain run
@@ -30,24 +29,29 @@ _MAY_CHANGE = (
 )
 
 
-def claim(config: Config, workdir: str | Path) -> None:
-  """Makes `workdir` the home of `config`, or checks that it is.
+def check(config: Config, workdir: str | Path) -> None:
+  """Refuses a workdir in which a run of `config` may not go on; changes nothing.
 
   Raises:
-    ValueError: it belongs to another config; the differing settings are named and
-      nothing is changed.
+    ValueError: it belongs to another config; the differing settings are named.
   """
+  if (Path(workdir) / "config.json").exists():
+    _refuse_differences(read(workdir), config, workdir)
+  elif any(Path(workdir).glob("checkpoints/[0-9]*")):
+    raise ValueError(
+      f"{workdir} has checkpoints but no config.json to say whose they are: "
+      "use another workdir"
+    )
+
+
+def claim(config: Config, workdir: str | Path) -> None:
+  """Writes config.json, after `check` and when the run is sure to begin."""
   path = Path(workdir) / "config.json"
-  if not path.exists():
-    if any(Path(workdir).glob("checkpoints/*")):
-      raise ValueError(
-        f"{workdir} has checkpoints but no config.json to say whose they are: "
-        "use another workdir"
-      )
-    path.parent.mkdir(parents=True, exist_ok=True)
-  else:
-    refuse_differences(read(workdir), config, workdir)
-  _write(path, config)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_suffix(".part")
+  text = json.dumps(configs.to_dict(config), indent=2, ensure_ascii=False)
+  temporary.write_text(text + "\n", encoding="utf-8")
+  temporary.rename(path)
 
 
 def read(workdir: str | Path) -> Config:
@@ -68,8 +72,7 @@ def read(workdir: str | Path) -> Config:
     raise ValueError(f"{path} is not a readable config ({error})") from error
 
 
-def refuse_differences(before: Config, now: Config, workdir: str | Path) -> None:
-  """Raises the ValueError of `claim` if a run of `before` cannot go on as `now`."""
+def _refuse_differences(before: Config, now: Config, workdir: str | Path) -> None:
   old, new = (flatten(configs.to_dict(config)) for config in (before, now))
   differing = [
     f"{key} is {_show(old[key])} there and {_show(new[key])} here"
@@ -88,8 +91,12 @@ def _show(value: Any) -> str:
   return text if len(text) <= 120 else text[:117] + "..."
 
 
-def _write(path: Path, config: Config) -> None:
-  temporary = path.with_suffix(".part")
-  text = json.dumps(configs.to_dict(config), indent=2, ensure_ascii=False)
-  temporary.write_text(text + "\n", encoding="utf-8")
-  temporary.rename(path)
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  """{'train': {'steps': 1}} as {'train.steps': 1}."""
+  flat: dict[str, Any] = {}
+  for name, value in nested.items():
+    if isinstance(value, dict):
+      flat.update(flatten(value, f"{prefix}{name}."))
+    else:
+      flat[prefix + name] = value
+  return flat
