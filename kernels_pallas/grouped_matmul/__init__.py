@@ -32,13 +32,14 @@ import jax.numpy as jnp
 from kernels_pallas.choose import choose
 from kernels_pallas.grouped_matmul import blocks, reference
 
-_BY_PLATFORM = {"cpu": "blocks"}
+_BY_PLATFORM = {"cpu": "blocks", "gpu": "gpu", "tpu": "tpu"}
 _PORTABLE = ("reference", "blocks")
 
 
 def row_multiple(impl: str | None = None) -> int:
   """What every group size must be a multiple of; for None, on this platform."""
-  return _implementation(impl).ROW_MULTIPLE
+  name = choose("grouped_matmul", impl, _BY_PLATFORM, _PORTABLE)
+  return _implementation(name).ROW_MULTIPLE
 
 
 def grouped_matmul(
@@ -65,7 +66,7 @@ def grouped_matmul(
       does not run on this platform or with these shapes.
   """
   _check(x_ZD, w_EDF, group_sizes_E)
-  impl = _choose_for(impl, x_ZD.dtype, w_EDF.shape[1], w_EDF.shape[2])
+  impl = _choose(impl, x_ZD.dtype, w_EDF.shape[1], w_EDF.shape[2])
   return _grouped_matmul(x_ZD, w_EDF, group_sizes_E, impl)
 
 
@@ -82,7 +83,7 @@ def grouped_matmul_dw(
   For a caller who accumulates gradients in FP32 beside BF16 weights and writes the
   backward pass out. Groups of no rows get exactly 0. Not itself differentiable.
   """
-  impl = _choose_for(impl, x_ZD.dtype, x_ZD.shape[1], dy_ZF.shape[1])
+  impl = _choose(impl, x_ZD.dtype, x_ZD.shape[1], dy_ZF.shape[1])
   return _implementation(impl).multiply_rows(x_ZD, dy_ZF, group_sizes_E, dtype)
 
 
@@ -106,15 +107,30 @@ def _backward(impl, residuals, dy_ZF):
 _grouped_matmul.defvjp(_forward, _backward)
 
 
-def _implementation(impl: str | None) -> ModuleType:
+def _implementation(impl: str) -> ModuleType:
   """The module behind a name; kernels are imported when first asked for."""
+  if impl == "gpu":
+    from kernels_pallas.grouped_matmul import gpu
+
+    return gpu
+  if impl == "tpu":
+    from kernels_pallas.grouped_matmul import tpu
+
+    return tpu
+  return reference if impl == "reference" else blocks
+
+
+def _choose(impl: str | None, dtype: jax.typing.DTypeLike, d: int, f: int) -> str:
+  """Settles the name, and whether its kernels take these shapes."""
   name = choose("grouped_matmul", impl, _BY_PLATFORM, _PORTABLE)
-  return {"reference": reference, "blocks": blocks}[name]
-
-
-def _choose_for(impl: str | None, dtype, d: int, f: int) -> str:
-  del dtype, d, f
-  return choose("grouped_matmul", impl, _BY_PLATFORM, _PORTABLE)
+  if name in _PORTABLE:
+    return name
+  reason = _implementation(name).unsupported(dtype, d, f)
+  if reason is None:
+    return name
+  if impl is None:
+    return "blocks"
+  raise ValueError(f"grouped_matmul: impl={impl!r} {reason}, or pass impl='blocks'")
 
 
 def _check(x_ZD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> None:

@@ -6,14 +6,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import grouped_matmul as gm
 from kernels_pallas.choose import target_platform
+from kernels_pallas.grouped_matmul import gpu, tpu
+
+
+def on(platform):
+  return pytest.mark.skipif(target_platform() != platform, reason=f"not on {platform}")
+
 
 IMPLS = [
   "reference",
   "blocks",
-  pytest.param("gpu", marks=pytest.mark.gpu),
+  pytest.param("gpu", marks=[pytest.mark.gpu, on("gpu")]),
+  pytest.param("tpu", marks=on("tpu")),
 ]
 # Groups in units of the row multiple, and the rows of padding after them; all have one
 # shape, so a compiled function serves them all.
@@ -71,26 +82,32 @@ def dims(impl):
   return (128, 256) if impl in ("gpu", "tpu") else (24, 40)
 
 
+def assert_products(got, x, w, sizes, dy, dtypes):
+  """y, dx, dw against float64; exact zeros for padding and for empty groups."""
+  x, w, dy = (np.asarray(a, np.float64) for a in (x, w, dy))
+  used = int(sizes.sum())
+  x[used:] = dy[used:] = 0
+  want = exact(x, w, sizes, dy)
+  magnitudes = exact(abs(x), abs(w), sizes, abs(dy))
+  terms = (w.shape[1], w.shape[2], len(x))
+  for g, value, magnitude, n, dtype in zip(got, want, magnitudes, terms, dtypes):
+    assert g.dtype == dtype
+    assert_close(g, value, magnitude, n, dtype)
+  y, dx, dw = (np.asarray(g, np.float64) for g in got)
+  assert (y[used:] == 0).all()
+  assert (dx[used:] == 0).all()
+  assert (dw[np.asarray(sizes) == 0] == 0).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_values_and_gradients(impl, layout, dtype):
-  if impl == "gpu" and dtype == jnp.float32:
-    pytest.skip("the gpu kernels are BF16 only; test_refusals checks the message")
+  if impl in ("gpu", "tpu") and dtype == jnp.float32:
+    pytest.skip("gpu refuses FP32; the TPU's matrix unit rounds FP32 operands")
   d, f = dims(impl)
-  x, w, sizes, dy = inputs(*LAYOUTS[layout], gm.row_multiple(impl), d, f, dtype)
-  got = value_and_gradients(impl, x, w, sizes, dy)
-  x, w, dy = (np.asarray(a, np.float64) for a in (x, w, dy))
-  want = exact(x, w, sizes, dy)
-  magnitudes = exact(abs(x), abs(w), sizes, abs(dy))
-  for g, value, magnitude, terms in zip(got, want, magnitudes, (d, f, len(x))):
-    assert g.dtype == dtype
-    assert_close(g, value, magnitude, terms, dtype)
-  y, dx, dw = (np.asarray(g, np.float64) for g in got)
-  used = int(sizes.sum())
-  assert (y[used:] == 0).all()
-  assert (dx[used:] == 0).all()
-  assert (dw[np.asarray(sizes) == 0] == 0).all()
+  args = inputs(*LAYOUTS[layout], gm.row_multiple(impl), d, f, dtype)
+  assert_products(value_and_gradients(impl, *args), *args, [dtype] * 3)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -126,11 +143,7 @@ def test_blocks_that_straddle_groups_and_the_end():
   # More rows than one block, sizes that are no multiple of a block.
   x, w, sizes, dy = inputs([1, 40, 17, 0, 5], 1, 8, 16, 8, jnp.float32)
   got = value_and_gradients("blocks", x, w, sizes, dy)
-  args = [np.asarray(a, np.float64) for a in (x, w, dy)]
-  want = exact(args[0], args[1], sizes, args[2])
-  magnitude = exact(abs(args[0]), abs(args[1]), sizes, abs(args[2]))
-  for g, v, m, terms in zip(got, want, magnitude, (16, 8, len(x))):
-    assert_close(g, v, m, terms, jnp.float32)
+  assert_products(got, x, w, sizes, dy, [jnp.float32] * 3)
 
 
 def test_group_sizes_are_run_time_values():
@@ -149,10 +162,83 @@ def test_group_sizes_are_run_time_values():
   assert len(traces) == 1
 
 
+@on("cpu")
+@pytest.mark.parametrize("module", [gpu, tpu], ids=["gpu", "tpu"])
+def test_kernels_interpreted(module):
+  """The kernels' own logic on any machine: empty groups, NaN padding, column tiles
+  that reach past the edge of the GPU's 256."""
+  interpret = plgpu.InterpretGPUParams() if module is gpu else True
+  d, f = (128, 320) if module is gpu else (128, 384)
+  x, w, sizes, dy = inputs([0, 1, 0, 2, 0], 1, 128, d, f, jnp.bfloat16)
+  used = int(sizes.sum())
+  x, dy = x.at[used:].set(jnp.nan), dy.at[used:].set(jnp.nan)
+  got = (
+    module.multiply(x, w, sizes, interpret=interpret),
+    module.multiply(dy, w, sizes, transpose_w=True, interpret=interpret),
+    module.multiply_rows(x, dy, sizes, jnp.float32, interpret=interpret),
+  )
+  dtypes = jnp.bfloat16, jnp.bfloat16, jnp.float32
+  assert_products(got, x, w, sizes, dy, dtypes)
+
+
+@pytest.mark.parametrize(
+  "shape", [(8, 4096, 4096, 7168), (64, 1536, 1408, 2048)], ids=["8", "64"]
+)
+def test_gpu_kernels_lower_for_cuda(shape):
+  experts, rows, d, f = shape
+  x = jax.ShapeDtypeStruct((experts * rows, d), jnp.bfloat16)
+  w = jax.ShapeDtypeStruct((experts, d, f), jnp.bfloat16)
+  dy = jax.ShapeDtypeStruct((experts * rows, f), jnp.bfloat16)
+  sizes = jax.ShapeDtypeStruct((experts,), jnp.int32)
+
+  def products(x, w, sizes, dy):
+    return (
+      gpu.multiply(x, w, sizes),
+      gpu.multiply(dy, w, sizes, transpose_w=True),
+      gpu.multiply_rows(x, dy, sizes, jnp.bfloat16),
+      gpu.multiply_rows(x, dy, sizes, jnp.float32),
+    )
+
+  lowered = jax.jit(products).trace(x, w, sizes, dy).lower(lowering_platforms=("cuda",))
+  assert lowered.as_text().count("mosaic_gpu") >= 4
+
+
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "tpu7x:2x2x1"])
+def test_compiles_for_tpu_topologies(topology, monkeypatch):
+  """Through the public function: a mesh of TPUs picks the TPU's kernels by itself."""
+  pytest.importorskip("libtpu", reason="compiling for TPU needs libtpu: jax[tpu]")
+  monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+  devices = topologies.get_topology_desc(topology, platform="tpu").devices
+  mesh = Mesh(np.array(devices[:1]), ("one",))
+  spec = NamedSharding(mesh, P())
+
+  def step(x, w, sizes, dy):
+    y, vjp = jax.vjp(lambda x, w: gm.grouped_matmul(x, w, sizes), x, w)
+    return y, *vjp(dy)
+
+  args = [
+    jax.ShapeDtypeStruct(shape, dtype, sharding=spec)
+    for shape, dtype in [
+      ((4096, 1408), jnp.bfloat16),
+      ((8, 1408, 2048), jnp.bfloat16),
+      ((8,), jnp.int32),
+      ((4096, 2048), jnp.bfloat16),
+    ]
+  ]
+  local = jax.shard_map(step, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+  compiled = jax.jit(local).lower(*args).compile()
+  assert compiled.as_text().count("tpu_custom_call") >= 3
+
+
 def test_refusals():
   x, w, sizes, _ = inputs([1, 1], 0, 128, 128, 128, jnp.float32)
   with pytest.raises(ValueError, match="impl='nosuch' is unknown"):
     gm.grouped_matmul(x, w, sizes, impl="nosuch")
+  for name in {"gpu", "tpu"} - {target_platform()}:
+    with pytest.raises(ValueError, match=f"impl='{name}' does not run on platform"):
+      gm.grouped_matmul(x, w, sizes, impl=name)
+    with pytest.raises(ValueError, match=f"impl='{name}' does not run on platform"):
+      gm.row_multiple(name)
   with pytest.raises(ValueError, match="bfloat16 and float32"):
     gm.grouped_matmul(x.astype(jnp.bfloat16), w, sizes)
   with pytest.raises(ValueError, match="2 integer group sizes"):
@@ -168,3 +254,11 @@ def test_default_runs_on_this_platform():
   want = gm.grouped_matmul(x, w, sizes, impl="reference")
   # 128 products in FP32: 128 * 2^-24 of a sum of magnitudes of about 100.
   np.testing.assert_allclose(y, want, atol=1e-3)
+
+
+def test_shapes_that_kernels_refuse():
+  assert "bfloat16 only" in gpu.unsupported(jnp.float32, 128, 128)
+  assert "multiples of 64, got D=96" in gpu.unsupported(jnp.bfloat16, 96, 128)
+  assert gpu.unsupported(jnp.bfloat16, 1408, 64) is None
+  assert "multiples of 128, got D=128, F=64" in tpu.unsupported(jnp.float32, 128, 64)
+  assert tpu.unsupported(jnp.bfloat16, 1408, 7168) is None

@@ -1,0 +1,284 @@
+"""Grouped matrix product on NVIDIA Hopper: persistent Mosaic GPU kernels, BF16.
+
+Since every group is a multiple of 128 rows, a block of 128 rows has one expert, found
+in a small array; no group is split and none is searched for. (JAX ships kernels for
+arbitrary groups, `jax.experimental.pallas.ops.gpu.ragged_dot_mgpu`; they unroll over
+the groups. The benchmark times both.)
+
+One kernel serves the three products. A thread block owns one SM and walks over tiles of
+the output. Its third warpgroup copies operands into a ring of shared memory by TMA,
+running ahead into the next tile; the other two multiply, 64 of the tile's rows each,
+accumulate in FP32 registers and store.
+
+Shapes: Z rows, E experts (groups), D input, F output.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+ROW_MULTIPLE = 128
+_WARPGROUP_ROWS = 64  # of a wgmma instruction
+_SWIZZLE_BYTES = 128
+_HOPPER_SMS = 132  # of an H100 SXM, an H200 and an H800
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+  """Sizes in elements: a tile of the output is 128 x `columns`."""
+
+  columns: int = 256
+  depth: int = 64  # of the contraction, per step of the ring
+  stages: int = 4  # of the ring
+  snake: int = 16  # tiles walked along rows before the next column: reuse in L2
+  rows: int = 2 * _WARPGROUP_ROWS
+
+
+def unsupported(dtype: jax.typing.DTypeLike, d: int, f: int) -> str | None:
+  """Why these kernels cannot multiply so, or None when they can."""
+  if dtype != jnp.bfloat16:
+    return f"multiplies bfloat16 only, got {jnp.dtype(dtype).name}: cast to bfloat16"
+  if d % 64 or f % 64:
+    return f"needs D and F that are multiples of 64, got D={d}, F={f}"
+  return None
+
+
+def multiply(
+  x_ZD: jax.Array,
+  w_EDF: jax.Array,
+  sizes_E: jax.Array,
+  transpose_w: bool = False,
+  tiling: Tiling | None = None,
+  interpret=None,
+) -> jax.Array:
+  """Row z of group e becomes x_z @ w_e (or @ w_e^T); rows of no group become 0."""
+  t = tiling or Tiling()
+  rows, depth = x_ZD.shape
+  experts, columns = w_EDF.shape[0], w_EDF.shape[1 if transpose_w else 2]
+  grid = pl.cdiv(rows, t.rows), pl.cdiv(columns, t.columns)
+  expert_of_block = jnp.searchsorted(
+    jnp.cumsum(sizes_E),
+    jnp.arange(grid[0]) * t.rows,
+    side="right",
+    method="compare_all",
+  ).astype(jnp.int32)
+
+  def tile(i, expert_ref, x_ref, w_ref, y_ref):
+    row, column = plgpu.planar_snake(i, grid, 0, t.snake)
+    expert = expert_ref[row]
+    at_rows = pl.ds(row * t.rows, t.rows)
+    at_columns = pl.ds(column * t.columns, t.columns)
+    # A block of no group takes no steps, so its product stays 0 and nothing is read.
+    steps = jnp.where(expert < experts, depth // t.depth, 0)
+
+    def operands(k):
+      at_depth = pl.ds(k * t.depth, t.depth)
+      at_w = (at_columns, at_depth) if transpose_w else (at_depth, at_columns)
+      return x_ref.at[at_rows, at_depth], w_ref.at[(expert, *at_w)]
+
+    return steps, operands, y_ref.at[at_rows, at_columns]
+
+  out = jax.ShapeDtypeStruct((rows, columns), x_ZD.dtype)
+  run = _persistent_matmul(
+    tile, grid[0] * grid[1], out, t, (False, transpose_w), interpret
+  )
+  return run(expert_of_block, x_ZD, w_EDF)
+
+
+def multiply_rows(
+  x_ZD: jax.Array,
+  dy_ZF: jax.Array,
+  sizes_E: jax.Array,
+  dtype: jax.typing.DTypeLike,
+  tiling: Tiling | None = None,
+  interpret=None,
+) -> jax.Array:
+  """For each group the sum over its rows of x^T dy, [E, D, F]; 0 for empty groups."""
+  t = tiling or Tiling()
+  experts, d, f = sizes_E.shape[0], x_ZD.shape[1], dy_ZF.shape[1]
+  grid = pl.cdiv(d, t.rows), pl.cdiv(f, t.columns)
+  end_E = jnp.cumsum(sizes_E)
+  start_and_size = jnp.stack([end_E - sizes_E, sizes_E]).astype(jnp.int32)
+
+  def tile(i, group_ref, x_ref, dy_ref, dw_ref):
+    expert, i = lax.div(i, grid[0] * grid[1]), lax.rem(i, grid[0] * grid[1])
+    row, column = plgpu.planar_snake(i, grid, 0, t.snake)
+    at_rows = pl.ds(row * t.rows, t.rows)
+    at_columns = pl.ds(column * t.columns, t.columns)
+    start, size = group_ref[0, expert], group_ref[1, expert]
+
+    def operands(k):
+      at_depth = pl.ds(pl.multiple_of(start + k * t.depth, t.depth), t.depth)
+      return x_ref.at[at_depth, at_rows], dy_ref.at[at_depth, at_columns]
+
+    return lax.div(size, t.depth), operands, dw_ref.at[expert, at_rows, at_columns]
+
+  out = jax.ShapeDtypeStruct((experts, d, f), dtype)
+  run = _persistent_matmul(
+    tile, experts * grid[0] * grid[1], out, t, (True, False), interpret
+  )
+  return run(start_and_size, x_ZD, dy_ZF)
+
+
+def _persistent_matmul(
+  tile: Callable,
+  tiles: int,
+  out: jax.ShapeDtypeStruct,
+  t: Tiling,
+  transposed: tuple[bool, bool],
+  interpret,
+) -> Callable[..., jax.Array]:
+  """A kernel of (index, a, b) that fills `out` tile by tile.
+
+  `tile(i, index_ref, a_ref, b_ref, out_ref)` gives the i-th tile's number of steps,
+  `operands(k)` (views of a and b for step k) and the view of the output it fills. An
+  operand marked transposed has its contracted dimension first (a) or last (b).
+  """
+  a_block = (t.depth, t.rows) if transposed[0] else (t.rows, t.depth)
+  b_block = (t.columns, t.depth) if transposed[1] else (t.depth, t.columns)
+  store_columns = _SWIZZLE_BYTES // jnp.dtype(out.dtype).itemsize
+
+  def body(index, a_ref, b_ref, out_ref, a_smem, b_smem, out_smem, filled, free):
+    warpgroup = lax.axis_index("warpgroup")
+    ring = _Ring(a_smem, b_smem, filled, free, t.stages)
+
+    def describe(i):
+      return tile(i, index, a_ref, b_ref, out_ref)
+
+    @pl.when(warpgroup == 2)
+    def copy():
+      plgpu.set_max_registers(40, action="decrease")
+      _copy_operands(describe, tiles, ring)
+
+    @pl.when(warpgroup < 2)
+    def multiply():
+      plgpu.set_max_registers(232, action="increase")
+      mine = pl.ds(warpgroup * _WARPGROUP_ROWS, _WARPGROUP_ROWS)
+      _multiply_tiles(describe, tiles, ring, transposed, mine, out_smem.at[warpgroup])
+
+  return plgpu.kernel(
+    body,
+    out_type=out,
+    scratch_types=[
+      _swizzled((t.stages, *a_block), jnp.bfloat16),
+      _swizzled((t.stages, *b_block), jnp.bfloat16),
+      _swizzled((2, 2, _WARPGROUP_ROWS, store_columns), out.dtype),
+      plgpu.Barrier(num_arrivals=2, num_barriers=t.stages),  # two copies
+      plgpu.Barrier(num_arrivals=2, num_barriers=t.stages),  # two warpgroups
+    ],
+    grid=(_streaming_multiprocessors() if interpret is None else 2,),
+    grid_names=("sm",),
+    num_threads=3,
+    thread_name="warpgroup",
+    interpret=interpret,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ring:
+  """Slots of shared memory, with a barrier each for "filled" and "free again"."""
+
+  a: Any
+  b: Any
+  filled: Any
+  free: Any
+  stages: int
+
+
+def _multiply_tiles(describe, tiles, ring, transposed, mine, out_smem):
+  """One warpgroup's part: the rows `mine` of every tile of this SM."""
+
+  @plgpu.nd_loop((tiles,), collective_axes="sm", init_carry=jnp.int32(0))
+  def each_tile(loop, carry):
+    steps, _, out_tile = describe(loop.index[0])
+
+    def free(step):
+      plgpu.barrier_arrive(ring.free.at[lax.rem(step, ring.stages)])
+
+    def accumulate(acc):
+      def step(k, _):
+        slot = lax.rem(carry + k, ring.stages)
+        plgpu.barrier_wait(ring.filled.at[slot])
+        a, b = ring.a.at[slot], ring.b.at[slot]
+        a = a.at[:, mine].transpose((1, 0)) if transposed[0] else a.at[mine]
+        plgpu.wgmma(acc, a, b.transpose((1, 0)) if transposed[1] else b)
+        plgpu.wgmma_wait(1)  # the step before has read its operands to the end
+        pl.when(k > 0)(lambda: free(carry + k - 1))
+
+      lax.fori_loop(0, steps, step, None)
+      plgpu.wgmma_wait(0)
+      pl.when(steps > 0)(lambda: free(carry + steps - 1))
+      return acc[...]
+
+    columns = out_tile.shape[1]
+    acc = plgpu.WGMMAAccumulatorRef((_WARPGROUP_ROWS, columns))
+    _store(pl.run_scoped(accumulate, acc), out_smem, out_tile.at[mine])
+    return carry + steps
+
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _copy_operands(describe, tiles, ring):
+  """Fills the ring, tile after tile, as fast as its slots come free."""
+
+  def copy_tile(loop, carry):
+    steps, operands, _ = describe(loop.index[0])
+
+    def step(k, _):
+      slot = lax.rem(carry + k, ring.stages)
+
+      @pl.when(carry + k >= ring.stages)
+      def wait():
+        plgpu.barrier_wait(ring.free.at[slot])
+
+      a, b = operands(k)
+      plgpu.copy_gmem_to_smem(a, ring.a.at[slot], ring.filled.at[slot])
+      plgpu.copy_gmem_to_smem(b, ring.b.at[slot], ring.filled.at[slot])
+
+    lax.fori_loop(0, steps, step, None)
+    return carry + steps
+
+  each_tile = plgpu.nd_loop((tiles,), collective_axes="sm", init_carry=jnp.int32(0))
+  copied = each_tile(copy_tile)
+
+  def drain(step, _):  # the last slots: every arrival is waited for once
+    plgpu.barrier_wait(ring.free.at[lax.rem(step, ring.stages)])
+
+  lax.fori_loop(jnp.maximum(copied - ring.stages, 0), copied, drain, None)
+
+
+def _store(product, smem, out_tile):
+  """Casts and stores a warpgroup's product through two slots of shared memory."""
+  columns = smem.shape[-1]
+  for i in range(product.shape[1] // columns):
+    at_columns = slice(i * columns, (i + 1) * columns)
+    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+    smem[i % 2] = product[:, at_columns].astype(smem.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(smem.at[i % 2], out_tile.at[:, at_columns])
+
+
+def _swizzled(shape: tuple[int, ...], dtype):
+  """Shared memory in the layout that TMA and wgmma both take."""
+  columns = _SWIZZLE_BYTES // jnp.dtype(dtype).itemsize
+  transforms = (
+    plgpu.TilingTransform((8, columns)),  # pyright: ignore[reportAbstractUsage]
+    plgpu.SwizzleTransform(_SWIZZLE_BYTES),  # pyright: ignore[reportAbstractUsage]
+  )
+  return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def _streaming_multiprocessors() -> int:
+  """Of the GPU that this is traced for; of an H100 when that is not known."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  if device is not None and device.platform == "gpu" and device.num_cores:
+    return device.num_cores
+  if jax.default_backend() == "gpu":
+    return jax.devices()[0].core_count
+  return _HOPPER_SMS
