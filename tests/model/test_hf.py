@@ -17,7 +17,9 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import moe, rope
 from deepseek_jax.model import router as routing
 from deepseek_jax.model.layers import named_variables
+from deepseek_jax.model.moe import Execution
 from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.train.loss import cross_entropy
 from tests.fixtures import weights
 
 MODELS = ["v3", "v3_direct", "v3_mtp", "v2", "v2_lite", "mha"]
@@ -163,18 +165,21 @@ def fixture(name: str) -> tuple[Transformer, dict[str, np.ndarray]]:
   return load(meta), arrays
 
 
-def nats(logits: jax.Array, targets: jax.Array) -> jax.Array:
-  log_probs = jax.nn.log_softmax(logits)
-  return -jnp.take_along_axis(log_probs, targets[..., None], axis=-1).mean()
-
-
 def total_loss(model: Transformer, ids: jax.Array):
-  """The sum of the losses of the model and each MTP depth; the losses; the logits."""
-  hidden = model(ids).hidden_BTD
-  every = [model.head(model.norm(hidden))]
-  ahead, _ = model.look_ahead(hidden[:, :-1], ids[:, 1:])
-  every += [model.head(state) for state in ahead]
-  losses = [nats(l[:, : ids.shape[1] - k], ids[:, k:]) for k, l in enumerate(every, 1)]
+  """The sum of the mean losses of the model and each MTP depth; they; all logits.
+
+  With training's own cross entropy and recomputation, whose gradients are by hand.
+  """
+  run, length = Execution(remat="deepseek"), ids.shape[1]
+  hidden = model(ids, execution=run).hidden_BTD
+  ahead, _ = model.look_ahead(hidden[:, :-1], ids[:, 1:], execution=run)
+  losses, every = [], []
+  for k, state in enumerate([model.norm(hidden), *ahead], start=1):
+    known = state[:, : length - k].reshape(-1, state.shape[-1])
+    share = jnp.full(len(known), 1 / len(known), known.dtype)
+    targets = ids[:, k:].reshape(-1)
+    losses.append(cross_entropy(known, model.head.weight[...], targets, share))
+    every.append(model.head(state))
   return sum(losses), (jnp.stack(losses), every)
 
 
