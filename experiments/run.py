@@ -65,7 +65,7 @@ def main(_: Sequence[str]) -> None:
   except Exception as error:
     if _DEBUG.value or not is_expected(error):
       raise
-    _stop(describe(error))
+    _stop(describe(error, _WORKDIR.value))
 
 
 def _run(config: Config, folder: str) -> None:
@@ -103,11 +103,11 @@ def is_expected(error: BaseException) -> bool:
   return raised_in.split(".")[0] in _PACKAGES
 
 
-def describe(error: BaseException) -> str:
-  """The error in one line."""
+def describe(error: BaseException, folder: str | None) -> str:
+  """The error in one line; `folder` is the workdir."""
   if _is_no_space(error):
     return (
-      f"no space left on the disk of {_WORKDIR.value or 'the workdir'}: free some "
+      f"no space left on the disk of {folder or 'the workdir'}: free some "
       "space and give the same command again, it continues from the last whole "
       "checkpoint"
     )

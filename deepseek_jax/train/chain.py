@@ -152,6 +152,6 @@ class Chain:
 def _least_capacity(counts_LE: np.ndarray, ranks: int) -> float:
   """A bound that some rank exceeded for certain: its mean load over the batch."""
   counts = np.asarray(counts_LE, np.float64)
-  load = counts.reshape(len(counts), ranks, -1).sum(-1)
+  load = counts.reshape(len(counts), ranks, counts.shape[1] // ranks).sum(-1)
   mean = np.maximum(load.mean(axis=1), 1e-9)
   return float((load.max(axis=1) / mean).max(initial=1.0))

@@ -141,24 +141,30 @@ def train(
   with Interrupt() as interrupt:
     run = begin(config, Path(workdir), devices)
     try:
-      interrupted = _steps(run, interrupt)
+      _steps(run, interrupt)
       if run.progress.bad_in_a_row >= config.train.max_bad_steps:
-        raise FloatingPointError(
-          f"{run.progress.bad_in_a_row} steps in a row (train.max_bad_steps="
-          f"{config.train.max_bad_steps}) had a loss or gradient that is not finite: "
-          f"stopped at step {run.progress.step} with a checkpoint in "
-          f"{run.checkpoints.directory}; a lower train.learning_rate is the usual mend"
-        )
-      if interrupted:
-        log.info(
-          "stopped at step %d with a checkpoint in %s; the same command continues",
-          run.progress.step,
-          run.checkpoints.directory,
-        )
+        raise FloatingPointError(_bad_steps(run))
+      if run.progress.step < config.train.steps:
+        log.info("%s; the same command continues", _where(run))
       else:
         finish(config, run.workdir, run.mesh, run.data, run.state, list(run.loads))
     finally:
       _close(run)
+
+
+def _bad_steps(run: Run) -> str:
+  return (
+    f"{run.progress.bad_in_a_row} steps in a row (train.max_bad_steps="
+    f"{run.config.train.max_bad_steps}) had a loss or gradient that is not finite: "
+    f"{_where(run)}; a lower train.learning_rate is the usual mend"
+  )
+
+
+def _where(run: Run) -> str:
+  step = run.progress.step
+  if not step:
+    return "stopped before the first step"
+  return f"stopped at step {step} with a checkpoint in {run.checkpoints.directory}"
 
 
 def begin(config: Config, workdir: Path, devices: Sequence[Any] | None = None) -> Run:
@@ -205,10 +211,10 @@ def begin(config: Config, workdir: Path, devices: Sequence[Any] | None = None) -
   return Run(config, workdir, mesh, data, checkpoints, chain, progress, ema, lines)
 
 
-def _steps(run: Run, interrupt: Interrupt) -> bool:
-  """Trains until the last step or a reason to stop; True if a signal was the reason."""
+def _steps(run: Run, interrupt: Interrupt) -> None:
+  """Trains until the last step or a reason to stop, and saves."""
   train, progress = run.config.train, run.progress
-  first, interrupted = progress.step, False
+  first = progress.step
   bar = tqdm(
     total=train.steps,
     initial=progress.step,
@@ -218,7 +224,7 @@ def _steps(run: Run, interrupt: Interrupt) -> bool:
     mininterval=0.5,
   )
   run.speed.pause()
-  while progress.step < train.steps and not interrupted:
+  while progress.step < train.steps and not interrupt.requested(progress.step + 1):
     run.chain.push(_next_step(run))
     step = progress.step
     evaluated = step == train.steps or _is_due(train.eval_every, step)
@@ -228,12 +234,10 @@ def _steps(run: Run, interrupt: Interrupt) -> bool:
       break
     if saved:
       _save(run)
-    interrupted = progress.step < train.steps and interrupt.requested(step + 1)
   _settle(run, bar, 0, False)
   if progress.step > first:
     _save(run)
   bar.close()
-  return interrupted
 
 
 def _is_due(every: int, step: int) -> bool:
