@@ -1,15 +1,13 @@
-"""Every setting, once: frozen dataclasses and the papers' model presets.
+"""Every setting, once, as frozen dataclasses; presets.py has the papers' models.
 
 Standard library only, so that planners and command lines can read configs without
 JAX. Field names are those of DeepSeek's own configs (`inference/model.py`) where
 they exist there. Errors are `ValueError`s that name the field, its value and the
 mend; they are raised when a dataclass is built.
 
-Sources: DeepSeek-V3 report (2412.19437) sections 2 and 4.2, DeepSeek-V2 (2405.04434)
-section 3.1, DeepSeekMoE (2401.06066) section 4, loss-free balancing (2408.15664).
+Defaults: DeepSeek-V3 report (2412.19437), sections 2 and 4.2.
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -26,6 +24,12 @@ def _require(condition: bool, message: str) -> None:
     raise ValueError(message)
 
 
+def _positive(config: Any, section: str, names: str) -> None:
+  for name in names.split():
+    value = getattr(config, name)
+    _require(value >= 1, f"{section}.{name}={value} must be >= 1")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
   """Shape and conventions of one model.
@@ -35,7 +39,7 @@ class ModelConfig:
   (DeepSeekMoE's models). `rope_factor=1` means no YaRN.
   """
 
-  name: str = "custom"
+  name: str = "v3"  # the defaults are V3's
   vocab_size: int = 129280
   dim: int = 7168
   inter_dim: int = 18432  # width of the dense feed-forward layers
@@ -116,9 +120,15 @@ class ModelConfig:
       _require(
         value in allowed, f"model.{name}={value!r} must be one of {', '.join(allowed)}"
       )
-    for name in (
-      "vocab_size dim inter_dim n_layers n_heads qk_rope_head_dim v_head_dim"
-    ).split():
+    for name in [
+      "vocab_size",
+      "dim",
+      "inter_dim",
+      "n_layers",
+      "n_heads",
+      "qk_rope_head_dim",
+      "v_head_dim",
+    ]:
       _require(
         getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be >= 1"
       )
@@ -163,135 +173,6 @@ class ModelConfig:
     )
 
 
-V3 = ModelConfig(name="v3")
-R1 = dataclasses.replace(V3, name="r1", max_seq_len=163840)
-V2 = ModelConfig(
-  name="v2",
-  vocab_size=102400,
-  dim=5120,
-  inter_dim=12288,
-  moe_inter_dim=1536,
-  n_layers=60,
-  n_dense_layers=1,
-  n_routed_experts=160,
-  n_shared_experts=2,
-  n_activated_experts=6,
-  n_limited_groups=3,
-  score_func="softmax",
-  group_score="max",
-  norm_topk_prob=False,
-  route_scale=16.0,
-  use_router_bias=False,
-  mscale=0.707,
-  n_mtp_layers=0,
-)
-CODER_V2 = dataclasses.replace(V2, name="coder_v2", max_seq_len=163840)
-V2_LITE = dataclasses.replace(
-  V2,
-  name="v2_lite",
-  dim=2048,
-  inter_dim=10944,
-  moe_inter_dim=1408,
-  n_layers=27,
-  n_heads=16,
-  q_lora_rank=0,
-  n_routed_experts=64,
-  n_expert_groups=1,
-  n_limited_groups=1,
-  route_scale=1.0,
-)
-CODER_V2_LITE = dataclasses.replace(V2_LITE, name="coder_v2_lite", max_seq_len=163840)
-MOE_16B = dataclasses.replace(
-  V2_LITE,
-  name="moe_16b",
-  n_layers=28,
-  kv_lora_rank=0,
-  qk_nope_head_dim=0,
-  qk_rope_head_dim=128,
-  rope_interleaved=False,
-  rope_factor=1.0,
-)
-# The ablation models below state their expert width as a fraction of a standard
-# feed-forward; we take the standard SwiGLU width, 8/3 of `dim`.
-MOE_2B = dataclasses.replace(
-  MOE_16B,
-  name="moe_2b",
-  vocab_size=8192,
-  dim=1280,
-  inter_dim=3413,
-  moe_inter_dim=853,
-  n_layers=9,
-  n_dense_layers=0,
-  n_heads=10,
-  n_shared_experts=1,
-  n_routed_experts=63,
-  n_activated_experts=7,
-  max_seq_len=2048,
-)
-LF_1B = dataclasses.replace(
-  MOE_16B,
-  name="lf_1b",
-  vocab_size=32064,
-  dim=1024,
-  inter_dim=2731,
-  moe_inter_dim=512,
-  n_layers=10,
-  n_heads=8,
-  score_func="sigmoid",
-  norm_topk_prob=True,
-  use_router_bias=True,
-  max_seq_len=2048,
-)
-LF_3B = dataclasses.replace(
-  LF_1B,
-  name="lf_3b",
-  dim=1280,
-  inter_dim=3413,
-  moe_inter_dim=853,
-  n_layers=12,
-  n_heads=10,
-)
-# Every mechanism of V3 at a size for two CPU cores.
-TINY = ModelConfig(
-  name="tiny",
-  vocab_size=4096,
-  dim=128,
-  inter_dim=384,
-  moe_inter_dim=64,
-  n_layers=4,
-  n_dense_layers=1,
-  n_heads=4,
-  q_lora_rank=64,
-  kv_lora_rank=32,
-  qk_nope_head_dim=32,
-  qk_rope_head_dim=16,
-  v_head_dim=32,
-  n_routed_experts=16,
-  n_activated_experts=4,
-  n_expert_groups=4,
-  n_limited_groups=2,
-  max_seq_len=256,
-  init_std=0.02,
-)
-
-PRESETS = {
-  preset.name: preset
-  for preset in (
-    V3,
-    R1,
-    V2,
-    CODER_V2,
-    V2_LITE,
-    CODER_V2_LITE,
-    MOE_16B,
-    MOE_2B,
-    LF_1B,
-    LF_3B,
-    TINY,
-  )
-}
-
-
 @dataclass(frozen=True)
 class MeshConfig:
   pipeline: int = 1
@@ -299,9 +180,7 @@ class MeshConfig:
   expert: int = 1
 
   def __post_init__(self):
-    for name in ("pipeline", "data", "expert"):
-      value = getattr(self, name)
-      _require(value >= 1, f"mesh.{name}={value} must be >= 1")
+    _positive(self, "mesh", "pipeline data expert")
 
 
 @dataclass(frozen=True)
@@ -387,10 +266,7 @@ class TrainConfig:
   eval_batches: int = 8
 
   def __post_init__(self):
-    for name in ("steps", "batch_size", "micro_batch_size", "seq_len", "log_every"):
-      _require(
-        getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be >= 1"
-      )
+    _positive(self, "train", "steps batch_size micro_batch_size seq_len log_every")
     _require(
       self.moment_dtype in ("bfloat16", "float32"),
       f"train.moment_dtype={self.moment_dtype!r} must be bfloat16 or float32",
@@ -445,7 +321,7 @@ class CheckpointConfig:
   asynchronous: bool = True
 
   def __post_init__(self):
-    _require(self.keep >= 1, f"checkpoint.keep={self.keep} must be >= 1")
+    _positive(self, "checkpoint", "keep")
 
 
 @dataclass(frozen=True)
@@ -458,10 +334,7 @@ class GenerateConfig:
   checkpoint: str = ""  # a training workdir, for job=generate
 
   def __post_init__(self):
-    _require(
-      self.max_new_tokens >= 1,
-      f"generate.max_new_tokens={self.max_new_tokens} must be >= 1",
-    )
+    _positive(self, "generate", "max_new_tokens")
     _require(
       self.temperature >= 0, f"generate.temperature={self.temperature} must be >= 0"
     )
@@ -475,7 +348,7 @@ class Config:
   job: str = "pretrain"
   seed: int = 0
   precision: Literal["bf16", "fp32"] = "bf16"
-  model: ModelConfig = field(default_factory=lambda: V3)
+  model: ModelConfig = field(default_factory=ModelConfig)
   mesh: MeshConfig = field(default_factory=MeshConfig)
   train: TrainConfig = field(default_factory=TrainConfig)
   data: DataConfig = field(default_factory=DataConfig)
@@ -509,36 +382,3 @@ class Config:
       f"train.micro_batch_size={self.train.micro_batch_size} x mesh.data="
       f"{self.mesh.data} x mesh.expert={self.mesh.expert}",
     )
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-  """A dataclass config as nested plain dicts; tuples stay tuples."""
-  return {
-    f.name: to_dict(value) if dataclasses.is_dataclass(value) else value
-    for f in dataclasses.fields(config)
-    for value in [getattr(config, f.name)]
-  }
-
-
-def from_dict(kind: type, values: dict[str, Any]) -> Any:
-  """The inverse of `to_dict`; lists become tuples.
-
-  Raises:
-    ValueError: a key that `kind` does not have, or a value that it refuses.
-  """
-  fields = {f.name: f for f in dataclasses.fields(kind)}
-  unknown = sorted(set(values) - set(fields))
-  _require(not unknown, f"{kind.__name__} has no field {', '.join(unknown)}")
-  built = {}
-  for name, value in values.items():
-    nested = fields[name].type
-    if isinstance(value, dict) and dataclasses.is_dataclass(nested):
-      value = from_dict(nested, value)  # pyright: ignore[reportArgumentType]
-    built[name] = _as_tuple(value)
-  return kind(**built)
-
-
-def _as_tuple(value: Any) -> Any:
-  if isinstance(value, list | tuple):
-    return tuple(_as_tuple(item) for item in value)
-  return value

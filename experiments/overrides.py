@@ -12,14 +12,14 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_flags import tuple_parser
 
-from deepseek_jax import config as configs
 from deepseek_jax.config import Config
+from deepseek_jax.io.plain import from_dict, to_dict
 from deepseek_jax.io.workdir import flatten
 
 
 def to_config_dict(config: Config) -> ConfigDict:
   """A locked ConfigDict with the values of `config`, for `get_config`."""
-  return ConfigDict(configs.to_dict(config)).lock()
+  return ConfigDict(to_dict(config)).lock()
 
 
 def to_config(values: ConfigDict) -> Config:
@@ -36,7 +36,7 @@ def to_config(values: ConfigDict) -> Config:
     if name in plain.get("generate", {}):
       plain["generate"][name] = tuple(str(item) for item in plain["generate"][name])
   try:
-    return configs.from_dict(Config, plain)
+    return from_dict(Config, plain)
   except TypeError as error:
     raise ValueError(f"a setting has a value of the wrong type: {error}") from error
 
@@ -59,7 +59,7 @@ def check_arguments(argv: list[str]) -> None:
 
 def nearest_key(key: str) -> str:
   """The valid key most like `key`, by its last word first, then as a whole."""
-  valid = list(flatten(configs.to_dict(Config())))
+  valid = list(flatten(to_dict(Config())))
   last = key.rsplit(".", 1)[-1]
   same = [name for name in valid if name.rsplit(".", 1)[-1] == last]
   near = difflib.get_close_matches(key, same or valid, 1, cutoff=0.0)
@@ -67,7 +67,7 @@ def nearest_key(key: str) -> str:
 
 
 def _check_key(key: str) -> None:
-  valid = flatten(configs.to_dict(Config()))
+  valid = flatten(to_dict(Config()))
   if key not in valid:
     raise ValueError(
       f"unknown setting config.{key}: the nearest valid one is "

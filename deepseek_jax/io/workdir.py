@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from deepseek_jax import config as configs
 from deepseek_jax.config import Config
+from deepseek_jax.io.plain import from_dict, to_dict
 
 _MAY_CHANGE = (
   "job",  # generate and evaluate read the workdir of a pretrain run
@@ -49,7 +49,7 @@ def claim(config: Config, workdir: str | Path) -> None:
   path = Path(workdir) / "config.json"
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_suffix(".part")
-  text = json.dumps(configs.to_dict(config), indent=2, ensure_ascii=False)
+  text = json.dumps(to_dict(config), indent=2, ensure_ascii=False)
   temporary.write_text(text + "\n", encoding="utf-8")
   temporary.rename(path)
 
@@ -67,13 +67,13 @@ def read(workdir: str | Path) -> Config:
       f"{path} does not exist: name the workdir of a training run"
     )
   try:
-    return configs.from_dict(Config, json.loads(path.read_text("utf-8")))
+    return from_dict(Config, json.loads(path.read_text("utf-8")))
   except (ValueError, TypeError) as error:
     raise ValueError(f"{path} is not a readable config ({error})") from error
 
 
 def _refuse_differences(before: Config, now: Config, workdir: str | Path) -> None:
-  old, new = (flatten(configs.to_dict(config)) for config in (before, now))
+  old, new = (flatten(to_dict(config)) for config in (before, now))
   differing = [
     f"{key} is {_show(old[key])} there and {_show(new[key])} here"
     for key in new

@@ -8,7 +8,7 @@ Shape suffixes: B batch, T time, D model, F hidden, V vocabulary, L layers.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,6 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.mesh import PIPELINE
 from deepseek_jax.precision.linear import linear
-
-Module = TypeVar("Module", bound=nnx.Module)
 
 
 class RouterBias(nnx.Variable):
@@ -59,7 +57,7 @@ def named_variables(module: Any) -> dict[str, Any]:
   }
 
 
-def stack(make: Callable[[jax.Array], Module], key: jax.Array, n: int) -> Module:
+def stack[M: nnx.Module](make: Callable[[jax.Array], M], key: jax.Array, n: int) -> M:
   """n modules as one with a leading layer axis, which the pipeline splits."""
   stacked = jax.vmap(make)(jax.random.split(key, n))
   return map_variables(
@@ -67,7 +65,7 @@ def stack(make: Callable[[jax.Array], Module], key: jax.Array, n: int) -> Module
   )
 
 
-def cast_for_compute(module: Module, dtype: Any) -> Module:
+def cast_for_compute[M: nnx.Module](module: M, dtype: Any) -> M:
   """The copy that forward and backward use; see `weight` for what stays FP32."""
 
   def cast(variable):

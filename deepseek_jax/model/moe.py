@@ -30,7 +30,9 @@ class Execution:
   expert_axis: str | None = None  # mesh axis that routed experts are split over
   capacity: float = math.inf  # see parallel/dispatch.py
   remat: str = "none"  # none, deepseek or full
-  balance: BalanceConfig = BalanceConfig(sequence=0.0)
+  balance: BalanceConfig = dataclasses.field(
+    default_factory=lambda: BalanceConfig(sequence=0.0)
+  )
 
 
 @jax.tree_util.register_dataclass

@@ -178,14 +178,14 @@ def begin(config: Config, workdir: Path, devices: Sequence[Any] | None = None) -
   check_space(workdir / "checkpoints", saved, config.checkpoint.keep)
   rows_of_micro_batch(config, mesh)
   data = make_data(config, workdir)
-  if jax.process_index() == 0:
-    home.claim(config, workdir)
   checkpoints = Checkpoints(
     workdir / "checkpoints", config.checkpoint.keep, config.checkpoint.asynchronous
   )
   found = checkpoints.restore(
     vars(abstract), _weights(abstract) if config.train.ema_decay else None
   )
+  if jax.process_index() == 0:
+    home.claim(config, workdir)
   if found:
     state, progress = TrainState(**found.state), Progress(**found.loop["progress"])
     data.train.set_state(_data_position(found.loop))

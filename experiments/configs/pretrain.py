@@ -13,13 +13,14 @@ import math
 
 from ml_collections import ConfigDict
 
-from deepseek_jax import config as configs
+from deepseek_jax import presets
 from deepseek_jax.config import (
   BalanceConfig,
   CheckpointConfig,
   Config,
   DataConfig,
   GenerateConfig,
+  ModelConfig,
   ScheduleConfig,
   TrainConfig,
 )
@@ -67,7 +68,7 @@ def _step_schedule(
 def _tiny() -> Config:
   return Config(
     precision="fp32",
-    model=configs.TINY,
+    model=presets.TINY,
     train=TrainConfig(
       steps=300,
       batch_size=16,
@@ -88,7 +89,7 @@ def _tiny() -> Config:
 def _h100_100m() -> Config:
   """About 190M active parameters of 1.6B, for one H100 and minutes of training."""
   model = dataclasses.replace(
-    configs.V3,
+    presets.V3,
     name="h100_100m",
     vocab_size=16384,
     dim=1024,
@@ -129,7 +130,7 @@ def _h100_100m() -> Config:
 def _v3() -> Config:
   # 469B tokens of a rising batch are about 12.4K steps, the rest 227.8K.
   return Config(
-    model=configs.V3,
+    model=presets.V3,
     train=TrainConfig(steps=240_200),
     data=DataConfig(tokenizer_vocab=128_000),
   )
@@ -141,7 +142,7 @@ def _v2() -> Config:
     batch_size=((0, "constant", 0.25), (225e9, "linear", 1.0)),
   )
   return _without_bias(
-    configs.V2,
+    presets.V2,
     BalanceConfig(sequence=0.0, expert=0.003, device=0.05, communication=0.02),
     steps=218_200,
     batch_size=9216,
@@ -153,7 +154,7 @@ def _v2() -> Config:
 
 def _v2_lite() -> Config:
   return _without_bias(
-    configs.V2_LITE,
+    presets.V2_LITE,
     BalanceConfig(sequence=0.0, expert=0.001),
     steps=301_996,
     batch_size=4608,
@@ -165,7 +166,7 @@ def _v2_lite() -> Config:
 
 def _moe_16b() -> Config:
   return _without_bias(
-    configs.MOE_16B,
+    presets.MOE_16B,
     BalanceConfig(sequence=0.0, expert=0.001),
     steps=106_449,
     batch_size=4608,
@@ -177,7 +178,7 @@ def _moe_16b() -> Config:
 
 def _moe_2b() -> Config:
   return _without_bias(
-    configs.MOE_2B,
+    presets.MOE_2B,
     BalanceConfig(sequence=0.0, expert=0.01),
     steps=25_000,
     batch_size=2048,
@@ -194,7 +195,7 @@ def _lf_1b() -> Config:
     _step_schedule(tokens, 0, 0.8, 0.9),
     learning_rate=((1000 * 1152 * 2048, "linear", 1.0), (tokens, "cosine", 0.1)),
   )
-  return _loss_free(configs.LF_1B, 40_000, 1152, 1e-3, schedule)
+  return _loss_free(presets.LF_1B, 40_000, 1152, 1e-3, schedule)
 
 
 def _lf_3b() -> Config:
@@ -208,11 +209,11 @@ def _lf_3b() -> Config:
       (math.inf, "constant", 0.1),
     ),
   )
-  return _loss_free(configs.LF_3B, 56_514, 1728, 7.8e-4, schedule)
+  return _loss_free(presets.LF_3B, 56_514, 1728, 7.8e-4, schedule)
 
 
 def _without_bias(
-  model: configs.ModelConfig,
+  model: ModelConfig,
   balance: BalanceConfig,
   tokenizer_vocab: int = 100_000,
   **train,
@@ -225,7 +226,7 @@ def _without_bias(
 
 
 def _loss_free(
-  model: configs.ModelConfig,
+  model: ModelConfig,
   steps: int,
   batch_size: int,
   learning_rate: float,

@@ -7,10 +7,11 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from deepseek_jax.config import TINY, Config, DataConfig, TrainConfig
+from deepseek_jax.config import Config, DataConfig, TrainConfig
 from deepseek_jax.data.corpus import Corpus, load_corpus
 from deepseek_jax.data.sources import Documents
 from deepseek_jax.data.tokenizer import Tokenizer, train_tokenizer
+from deepseek_jax.presets import TINY
 
 WORDS = ["def", "return", "import", "value", "index", "list", "for", "in", "if", "else"]
 WORDS += ["数据", "data", "x1", "42", "2024"]

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.config import MOE_16B, R1, V2_LITE, V3, ModelConfig
+from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.attention import LatentAttention, make_attention, write_cache
 from deepseek_jax.model.rope import frequencies, softmax_scale
 from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.presets import MOE_16B, R1, V2_LITE, V3
 from tests.model.random_models import KINDS, MLA, randomise
 
 # FP64 shows that the forms are the same function; FP32 that they lose nothing but

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from deepseek_jax.config import PRESETS, V2, V3
 from deepseek_jax.model import rope
 from deepseek_jax.model.layers import named_variables
 from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.presets import PRESETS, V2, V3
 
 
 @functools.cache
