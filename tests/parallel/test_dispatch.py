@@ -1,0 +1,164 @@
+"""Dispatch and combine against a literal NumPy reading of DeepEP's contract."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from deepseek_jax.mesh import EXPERT, make_mesh
+from deepseek_jax.parallel import dispatch as d
+
+M, D, E, A, MULTIPLE = 12, 5, 8, 3, 4
+
+
+def choices(kind: str, tokens: int, seed: int = 0) -> np.ndarray:
+  """Distinct experts of each token: uniform, skewed to one rank, or all the same."""
+  rng = np.random.default_rng(seed)
+  if kind == "same":
+    return np.tile(np.arange(A), (tokens, 1)).astype(np.int32)
+  weights = np.ones(E)
+  if kind == "skewed":
+    weights[: E // 4] = 50
+  weights /= weights.sum()
+  picks = [rng.choice(E, A, replace=False, p=weights) for _ in range(tokens)]
+  return np.stack(picks).astype(np.int32)
+
+
+def on_ranks(ranks: int, capacity: float, fn):
+  """fn(x, experts, gates) -> arrays, on every rank of an expert axis."""
+  mesh = make_mesh(expert=ranks, devices=jax.devices()[:ranks])
+  run = functools.partial(
+    d.dispatch,
+    n_experts=E,
+    row_multiple=MULTIPLE,
+    capacity=capacity,
+    axis=EXPERT if ranks > 1 else None,
+  )
+  body = lambda *args: fn(run, *args)  # noqa: E731
+  spec = P(EXPERT)
+  return jax.jit(
+    jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+  )
+
+
+def inputs(ranks: int, kind: str):
+  rng = np.random.default_rng(1)
+  x = rng.normal(size=(ranks * M, D)).astype(np.float32)
+  experts = choices(kind, ranks * M)
+  gates = rng.uniform(0.1, 1, size=experts.shape).astype(np.float32)
+  return x, experts, gates
+
+
+def arranged(run, x, experts, gates):
+  sent = run(x, experts, gates)
+  return sent.rows_ZD, sent.gates_Z, sent.group_sizes_E, sent.overflow[None]
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("kind", ["uniform", "skewed", "same"])
+def test_rows_stand_by_expert_then_source_rank_then_token(ranks, kind):
+  x, experts, gates = inputs(ranks, kind)
+  rows, row_gates, sizes, overflow = on_ranks(ranks, math.inf, arranged)(
+    x, experts, gates
+  )
+  assert not np.any(overflow)
+  local = E // ranks
+  rows = np.asarray(rows).reshape(ranks, -1, D)
+  row_gates = np.asarray(row_gates).reshape(ranks, -1)
+  sizes = np.asarray(sizes).reshape(ranks, local)
+  for rank in range(ranks):
+    start = 0
+    for e in range(local):
+      tokens, slots = np.nonzero(experts == rank * local + e)
+      n = len(tokens)
+      assert sizes[rank, e] == -(-n // MULTIPLE) * MULTIPLE
+      np.testing.assert_array_equal(rows[rank, start : start + n], x[tokens])
+      np.testing.assert_array_equal(
+        row_gates[rank, start : start + n], gates[tokens, slots]
+      )
+      assert not rows[rank, start + n : start + sizes[rank, e]].any()
+      start += sizes[rank, e]
+    assert not rows[rank, start:].any()
+    assert not row_gates[rank, start:].any()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+@pytest.mark.parametrize("kind", ["uniform", "skewed", "same"])
+def test_combine_of_dispatch_counts_every_choice_once(ranks, kind):
+  x, experts, gates = inputs(ranks, kind)
+
+  def both(run, x, experts, gates):
+    sent = run(x, experts, gates)
+    return d.combine(sent.rows_ZD, sent.plan)
+
+  out = on_ranks(ranks, math.inf, both)(x, experts, gates)
+  # Sums of A equal terms in FP32: exact for A = 3 up to one rounding of 3x.
+  np.testing.assert_allclose(out, A * x, rtol=2e-7)
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_gradients_are_transposes_and_padding_reaches_nothing(ranks):
+  x, experts, gates = inputs(ranks, "skewed")
+
+  def check(run, x, experts, gates):
+    def forward(x, gates):
+      sent = run(x, experts, gates)
+      return sent.rows_ZD, sent.gates_Z
+
+    (rows, row_gates), pull = jax.vjp(forward, x, gates)
+    key = jax.random.key(3)
+    filled = (rows != 0).any(-1)
+    r = jax.random.normal(key, rows.shape)
+    g = jax.random.normal(key, row_gates.shape)
+    # What stands in padding rows must not matter.
+    d_x, d_gates = pull(
+      (jnp.where(filled[:, None], r, jnp.nan), jnp.where(filled, g, jnp.nan))
+    )
+    sent = run(x, experts, gates)
+    combined, push = jax.vjp(lambda rows: d.combine(rows, sent.plan), rows)
+    back = push(d_x)[0]
+    left = jnp.sum(jnp.where(filled[:, None], r * rows, 0))
+    sums = [left, jnp.sum(d_x * x), jnp.sum(jnp.where(filled, g * row_gates, 0))]
+    sums += [jnp.sum(d_gates * gates), jnp.sum(combined * d_x), jnp.sum(rows * back)]
+    return jnp.stack([jax.lax.psum(s, EXPERT) for s in sums])[None]
+
+  sums = np.asarray(on_ranks(ranks, math.inf, check)(x, experts, gates))[0]
+  np.testing.assert_allclose(sums[0::2], sums[1::2], rtol=2e-5)
+
+
+def test_bounds_that_are_exceeded_are_reported_and_ample_ones_are_not():
+  ranks = 4
+  for kind, capacity, expected in (
+    ("uniform", 3.0, False),
+    ("uniform", 0.3, True),
+    ("same", 1.2, True),
+    ("same", math.inf, False),
+  ):
+    *_, sizes, overflow = on_ranks(ranks, capacity, arranged)(*inputs(ranks, kind))
+    assert bool(np.any(overflow)) == expected, (kind, capacity)
+    rows = d.row_bound(M, A, ranks, E // ranks, capacity) + E // ranks * MULTIPLE
+    assert np.asarray(sizes).reshape(ranks, -1).sum(-1).max() <= rows + MULTIPLE
+
+
+def test_a_token_travels_once_to_each_rank():
+  ranks, local = 4, E // 4
+  x, experts, gates = inputs(ranks, "uniform")
+
+  def sent_slots(run, x, experts, gates):
+    return (run(x, experts, gates).plan.token_slots_MA >= 0).sum(-1)
+
+  out = on_ranks(ranks, math.inf, sent_slots)(x, experts, gates)
+  expected = [len(set(row // local)) for row in experts]
+  np.testing.assert_array_equal(out, expected)
+
+
+def test_bounds():
+  assert d.slot_bound(100, 8, 4, math.inf) == 100
+  assert d.slot_bound(100, 1, 4, 1.0) == 25
+  assert d.row_bound(100, 8, 4, 64, 1.0) == 800
+  assert d.row_bound(100, 8, 4, 2, math.inf) == 800  # two local experts at most
+  assert d.row_bound(100, 8, 4, 2, 8.0) == 800
