@@ -28,6 +28,7 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from deepseek_jax.config import Config
+from deepseek_jax.io import workdir
 from experiments import overrides
 
 overrides.register_tuple_parser(config_flags)
@@ -74,6 +75,8 @@ def _run(config: Config, folder: str) -> None:
     raise ValueError(
       f"job={config.job!r} is unknown: use pretrain, generate or evaluate"
     )
+  if config.job == "pretrain":
+    workdir.check(config, folder)
   from experiments import jobs
 
   if _DISTRIBUTED.value:
@@ -96,7 +99,9 @@ def is_expected(error: BaseException) -> bool:
     return True
   if isinstance(error, flags.Error):
     return True
-  if not isinstance(error, ValueError | FloatingPointError):
+  if isinstance(error, FloatingPointError):  # raised by the loop alone
+    return True
+  if not isinstance(error, ValueError):
     return False
   frames = list(traceback.walk_tb(error.__traceback__))
   raised_in = frames[-1][0].f_globals.get("__name__", "") if frames else ""
