@@ -20,7 +20,7 @@ def make_mesh(
   pipeline: int = 1,
   data: int = 1,
   expert: int = 1,
-  devices: Sequence[jax.Device] | None = None,
+  devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
 ) -> Mesh:
   """Arranges devices as (pipeline, data, expert), neighbours along `expert`.
 

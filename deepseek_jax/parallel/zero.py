@@ -35,7 +35,7 @@ class Layout:
     if self.dim is None:
       return self.compute
     entries = list(self.compute) + [None] * (self.dim + 1 - len(self.compute))
-    entries[self.dim] = self.axes if len(self.axes) > 1 else self.axes[0]
+    entries[self.dim] = self.axes[0] if len(self.axes) == 1 else self.axes
     return P(*entries)
 
 

@@ -108,14 +108,17 @@ class Blueprint:
 
   def compute_specs(self) -> Transformer:
     """A model whose leaves are the PartitionSpecs of compute."""
-    return self.assemble({n: layout.compute for n, layout in self.layouts.items()})
+    specs: dict[str, Any] = {n: x.compute for n, x in self.layouts.items()}
+    return self.assemble(specs)
 
 
 def state_specs(blueprint: Blueprint) -> TrainState:
   """PartitionSpecs of the state at rest."""
-  stored = {n: blueprint.layouts[n].stored for n in blueprint.names(nnx.Param)}
-  bias = {n: blueprint.layouts[n].stored for n in blueprint.names(RouterBias)}
-  return TrainState(P(), stored, dict(stored), dict(stored), bias)
+  layouts = blueprint.layouts
+  stored: dict[str, Any] = {n: layouts[n].stored for n in blueprint.names(nnx.Param)}
+  bias: dict[str, Any] = {n: layouts[n].stored for n in blueprint.names(RouterBias)}
+  step: Any = P()
+  return TrainState(step, stored, dict(stored), dict(stored), bias)
 
 
 def _initial(config: Config, key: jax.Array) -> TrainState:

@@ -24,7 +24,7 @@ from experiments.overrides import to_config
 
 
 def parse() -> argparse.Namespace:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description="Times one training step.")
   parser.add_argument("--variant", default="h100_100m")
   parser.add_argument("--micro_batch", type=int)
   parser.add_argument("--micro_batches", type=int, default=1)
