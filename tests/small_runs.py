@@ -138,9 +138,10 @@ def read_checkpoint(workdir: Path) -> dict[str, Any]:
     path = folder / str(step) / item
     if path.is_dir():
       reader = ocp.PyTreeCheckpointer()
+      metadata: Any = reader.metadata(path).item_metadata
       as_numpy = jax.tree.map(
         lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
-        reader.metadata(path).item_metadata.tree,
+        metadata.tree,
       )
       found[item] = reader.restore(path, restore_args=as_numpy)
   return found

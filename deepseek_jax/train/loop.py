@@ -16,7 +16,6 @@ A step whose loss or gradient is not finite is skipped and counted; after
 import dataclasses
 import functools
 import logging
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -65,27 +64,6 @@ class Progress:
   seconds: float = 0.0  # training time
 
 
-class Speed:
-  """Tokens a second of training, over the last steps without a compilation."""
-
-  def __init__(self):
-    self._recent: deque[tuple[int, float]] = deque(maxlen=10)
-    self.pause()
-
-  def pause(self) -> None:
-    """What came before, since the last step, was not training."""
-    self._last = time.perf_counter()
-
-  def measure(self, tokens: int, compiled: bool) -> tuple[float, float]:
-    """A step has ended: its (or the recent) tokens a second, and its seconds."""
-    now = time.perf_counter()
-    seconds, self._last = now - self._last, now
-    if not compiled:
-      self._recent.append((tokens, seconds))
-    recent = [(tokens, seconds)] if compiled else self._recent
-    return sum(n for n, _ in recent) / sum(s for _, s in recent), seconds
-
-
 @dataclass
 class Run:
   """The parts of a run, put together by `begin`."""
@@ -100,7 +78,7 @@ class Run:
   ema: Ema | None
   log: reporting.MetricsLog | None  # of process 0 alone
   loads: deque[np.ndarray] = field(default_factory=lambda: deque(maxlen=_LOADS_KEPT))
-  speed: Speed = field(default_factory=Speed)
+  speed: reporting.Speed = field(default_factory=reporting.Speed)
 
   @property
   def state(self) -> TrainState:
@@ -224,20 +202,20 @@ def _steps(run: Run, interrupt: Interrupt) -> None:
     mininterval=0.5,
   )
   run.speed.pause()
-  while progress.step < train.steps and not interrupt.requested(progress.step + 1):
-    run.chain.push(_next_step(run))
-    step = progress.step
-    evaluated = step == train.steps or _is_due(train.eval_every, step)
-    saved = step == train.steps or _is_due(run.config.checkpoint.every, step)
-    _settle(run, bar, 0 if evaluated or saved else 1, evaluated)
-    if progress.bad_in_a_row >= train.max_bad_steps:
-      break
-    if saved:
+  with bar:
+    while progress.step < train.steps and not interrupt.requested(progress.step + 1):
+      run.chain.push(_next_step(run))
+      step = progress.step
+      evaluated = step == train.steps or _is_due(train.eval_every, step)
+      saved = step == train.steps or _is_due(run.config.checkpoint.every, step)
+      _settle(run, bar, 0 if evaluated or saved else 1, evaluated)
+      if progress.bad_in_a_row >= train.max_bad_steps:
+        break
+      if saved:
+        _save(run)
+    _settle(run, bar, 0, False)
+    if progress.step > first:
       _save(run)
-  _settle(run, bar, 0, False)
-  if progress.step > first:
-    _save(run)
-  bar.close()
 
 
 def _is_due(every: int, step: int) -> bool:
@@ -294,34 +272,41 @@ def _account(run: Run, step: Step) -> dict[str, Any]:
   if run.ema and step.weights is not None:
     run.ema.update(step.weights)
   run.loads.append(found["counts"])
-  violations = reporting.max_violation(found["counts"])
-  entropy = np.asarray(found["entropy"], np.float64).tolist()
-  record = {
-    "step": step.number,
-    "tokens": step.tokens_seen,
-    **{
-      name: float(found[name])
-      for name in ("loss", "mtp_loss", "balance_loss", "grad_norm")
-    },
-    "learning_rate": step.values.learning_rate,
-    "bias_update_rate": step.values.bias_update_rate,
-    "mtp_weight": step.values.mtp_weight,
-    "batch_size": step.values.batch_size,
+  record = _record(run.config, step) | {
     "tokens_per_second": tokens_per_second,
     "seconds": progress.seconds,
-    "max_vio": float(np.mean(violations)) if violations else 0.0,
-    "max_vio_layers": violations,
-    "gate_entropy": float(np.mean(entropy)) if entropy else 0.0,
-    "gate_entropy_layers": entropy,
-    "capacity": run.config.train.capacities[step.capacity],
-    "retries": step.retries,
-    "applied": bool(found["applied"]),
     "skipped": progress.skipped,
   }
   if peak := reporting.peak_flops(jax.devices()[0].device_kind):
     used = tokens_per_second * run.flops_per_token
     record["mfu"] = used / (peak * run.mesh.size)
   return record
+
+
+def _record(config: Config, step: Step) -> dict[str, Any]:
+  """What the step itself says; lists are by MoE layer, MTP's last."""
+  found = step.metrics
+  violations = reporting.max_violation(found["counts"])
+  entropy = np.asarray(found["entropy"], np.float64).tolist()
+  return {
+    "step": step.number,
+    "tokens": step.tokens_seen,
+    "loss": float(found["loss"]),
+    "mtp_loss": float(found["mtp_loss"]),
+    "balance_loss": float(found["balance_loss"]),
+    "grad_norm": float(found["grad_norm"]),
+    "learning_rate": step.values.learning_rate,
+    "bias_update_rate": step.values.bias_update_rate,
+    "mtp_weight": step.values.mtp_weight,
+    "batch_size": step.values.batch_size,
+    "max_vio": float(np.mean(violations)) if violations else 0.0,
+    "max_vio_layers": violations,
+    "gate_entropy": float(np.mean(entropy)) if entropy else 0.0,
+    "gate_entropy_layers": entropy,
+    "capacity": config.train.capacities[step.capacity],
+    "retries": step.retries,
+    "applied": bool(found["applied"]),
+  }
 
 
 def _save(run: Run) -> None:

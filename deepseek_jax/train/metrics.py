@@ -13,6 +13,8 @@ MTP modules and recomputation are not counted.
 import json
 import math
 import os
+import time
+from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,27 @@ def max_violation(counts_LE: np.ndarray) -> list[float]:
   mean = counts.mean(axis=-1)
   largest = counts.max(axis=-1, initial=0)
   return [float((m - a) / a) if a else 0.0 for m, a in zip(largest, mean)]
+
+
+class Speed:
+  """Tokens a second of training, over the last steps without a compilation."""
+
+  def __init__(self):
+    self._recent: deque[tuple[int, float]] = deque(maxlen=10)
+    self.pause()
+
+  def pause(self) -> None:
+    """What came before, since the last step, was not training."""
+    self._last = time.perf_counter()
+
+  def measure(self, tokens: int, compiled: bool) -> tuple[float, float]:
+    """A step has ended: its (or the recent) tokens a second, and its seconds."""
+    now = time.perf_counter()
+    seconds, self._last = now - self._last, now
+    if not compiled:
+      self._recent.append((tokens, seconds))
+    recent = [(tokens, seconds)] if compiled else self._recent
+    return sum(n for n, _ in recent) / sum(s for _, s in recent), seconds
 
 
 class MetricsLog:
