@@ -62,7 +62,7 @@ def main(_: Sequence[str]) -> None:
       raise ValueError("--workdir is missing: name a folder for the run's files")
     _run(config, _WORKDIR.value)
   except KeyboardInterrupt:
-    _stop("interrupted before there was anything to save", code=130)
+    _stop("interrupted; the last whole checkpoint, if any, is kept", code=130)
   except Exception as error:
     if _DEBUG.value or not is_expected(error):
       raise
