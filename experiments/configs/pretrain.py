@@ -87,7 +87,7 @@ def _tiny() -> Config:
 
 
 def _h100_100m() -> Config:
-  """About 190M active parameters of 1.6B, for one H100 and minutes of training."""
+  """189M active parameters of 1.3B, for one H100 and minutes of training."""
   model = dataclasses.replace(
     presets.V3,
     name="h100_100m",
@@ -114,13 +114,13 @@ def _h100_100m() -> Config:
     precision="bf16",
     model=model,
     train=TrainConfig(
-      steps=1000,
-      batch_size=64,
+      steps=800,
+      batch_size=32,
       micro_batch_size=16,
       seq_len=2048,
       learning_rate=1e-3,
       schedule=_percent_schedule(warm_up=5.0),
-      eval_every=250,
+      eval_every=200,
     ),
     data=DataConfig(tokenizer_vocab=16384),
     checkpoint=CheckpointConfig(every=500, keep=1),
