@@ -85,7 +85,8 @@ class Peer:
       stdout=subprocess.PIPE,
       text=True,
     )
-    assert self.process.stdin and self.process.stdout
+    assert self.process.stdin
+    assert self.process.stdout
     self.questions, self.answers = self.process.stdin, self.process.stdout
     self.about = self._ask(settings)
 
