@@ -12,6 +12,14 @@ cache to programs started by a test. `make clean` removes it.
 """
 
 import os
+from pathlib import Path
+
+# Nearly all the time of the suite is LLVM's: on CPUs its optimisation is left out,
+# also in programs that tests start. Set before JAX reads its flags.
+if not Path("/dev/nvidiactl").exists():
+  os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 " + os.environ.get(
+    "XLA_FLAGS", ""
+  )
 
 import jax
 import pytest

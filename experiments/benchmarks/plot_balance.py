@@ -1,7 +1,7 @@
 """Loss and MaxVio of two runs side by side, from their metrics.jsonl.
 
-    python -m experiments.benchmarks.plot_balance --bias runs/bias --without runs/no_bias \
-      --out experiments/benchmarks/figures/h100_100m.png
+    python -m experiments.benchmarks.plot_balance --bias runs/bias \
+      --without runs/no_bias --out experiments/benchmarks/figures/h100_100m.png
 
 The runs are `pretrain.py:h100_100m` as it stands and with
 `--config.train.bias_update_rate=0.0`; see experiments/benchmarks/README.md.
