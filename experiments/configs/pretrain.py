@@ -70,7 +70,7 @@ def _tiny() -> Config:
     precision="fp32",
     model=presets.TINY,
     train=TrainConfig(
-      steps=300,
+      steps=200,
       batch_size=16,
       micro_batch_size=16,
       seq_len=128,
