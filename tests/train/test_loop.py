@@ -57,10 +57,12 @@ def test_resume_on_another_mesh_is_the_same_to_rounding(tmp_path):
   for item in ("state", "ema"):
     arrays = jax.tree_util.tree_leaves_with_path(one[item])
     for (path, x), y in zip(arrays, jax.tree.leaves(moved[item]), strict=True):
+      # Moments are stored in BF16: rounding may fall one unit of 2^-7 apart.
+      rtol = 2**-7 if x.dtype == "bfloat16" else 0
       x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
       name = jax.tree_util.keystr(path)
       np.testing.assert_allclose(
-        x, y, atol=2e-3 * (1e-3 + np.abs(x).max()), err_msg=name
+        x, y, rtol=rtol, atol=2e-3 * (1e-3 + np.abs(x).max()), err_msg=name
       )
 
 
