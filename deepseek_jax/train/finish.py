@@ -101,7 +101,8 @@ def _summary(records: list[dict[str, Any]]) -> str:
   first, last = records[0], records[-1]
   line = f"trained {last['step']} steps, {last['tokens']:,} tokens: loss "
   line += f"{first['loss']:.3f} to {last['loss']:.3f}"
-  if last.get("validation_loss") is not None:
-    line += f", validation {last['validation_loss']:.3f}"
-    line += f" ({last['bits_per_byte']:.3f} bits per byte)"
+  measured = [r for r in records if r.get("validation_loss") is not None]
+  if measured:
+    line += f", validation {measured[-1]['validation_loss']:.3f}"
+    line += f" ({measured[-1]['bits_per_byte']:.3f} bits per byte)"
   return line

@@ -193,6 +193,9 @@ def _steps(run: Run, interrupt: Interrupt) -> None:
   """Trains until the last step or a reason to stop, and saves."""
   train, progress = run.config.train, run.progress
   first = progress.step
+  if first >= train.steps:
+    log.info("step %d is done: a larger train.steps trains on", first)
+    return
   bar = tqdm(
     total=train.steps,
     initial=progress.step,
