@@ -29,6 +29,7 @@ MAY_IMPORT = {
   "deepseek_jax.parallel.schedule": (),
   "deepseek_jax.model": (
     "deepseek_jax.config",
+    "deepseek_jax.dense_config",
     "deepseek_jax.mesh",
     "deepseek_jax.parallel.dispatch",
     "deepseek_jax.precision",
@@ -47,6 +48,7 @@ ONLY_PACKAGES = {"kernels_pallas": {"jax", "numpy"}}
 # No JAX here, nor in anything that these import.
 WITHOUT_JAX = (
   "deepseek_jax.config",
+  "deepseek_jax.dense_config",
   "deepseek_jax.presets",
   "deepseek_jax.parallel.schedule",
   "deepseek_jax.planner",

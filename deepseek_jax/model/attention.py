@@ -5,10 +5,12 @@ shared rotary key is all that generation keeps. Training expands the latent (nai
 decoding folds the expansion into query and output (absorbed). Both forms stand here
 side by side and are equal. `MultiHeadAttention` is the plain form of DeepSeekMoE.
 
-A layer's cache is [B, S, L]: what one token leaves behind, L = `config.cache_dim`.
+The cache of all layers is one array [Y, B, S, L]: what one token leaves behind in a
+layer has L = `config.cache_dim` values. Layers write their rows into it in place.
 
 Shape suffixes: B batch, T query time, S key time, D model, H heads, Q query latent,
-C key-value latent, N nope, R rope, K=N+R, U value dim, L cache.
+C key-value latent, N nope, R rope, K=N+R, U value dim, L cache, Y layers; G heads of
+keys and values where they are fewer than those of queries.
 """
 
 import jax
@@ -24,12 +26,27 @@ from deepseek_jax.precision.linear import linear
 
 def attend(
   q_BTHK: jax.Array,
-  k_BSHK: jax.Array,
-  v_BSHU: jax.Array,
+  k_BSGK: jax.Array,
+  v_BSGU: jax.Array,
   scale: float,
   mask_BTS: jax.Array,
 ) -> jax.Array:
-  """Softmax attention, scores and softmax in FP32; [B, T, H, U]."""
+  """Softmax attention, scores and softmax in FP32; [B, T, H, U].
+
+  Keys and values may have fewer heads than queries, G dividing H: each then serves
+  H/G neighbouring queries, which are laid out as further query times.
+  """
+  b, t, h, width = q_BTHK.shape
+  g = k_BSGK.shape[2]
+  if g == h:
+    return _attend(q_BTHK, k_BSGK, v_BSGU, scale, mask_BTS)
+  folded = q_BTHK.reshape(b, t, g, h // g, width).swapaxes(2, 3)
+  mask = jnp.repeat(mask_BTS, h // g, axis=1)
+  out = _attend(folded.reshape(b, -1, g, width), k_BSGK, v_BSGU, scale, mask)
+  return out.reshape(b, t, h // g, g, -1).swapaxes(2, 3).reshape(b, t, h, -1)
+
+
+def _attend(q_BTHK, k_BSHK, v_BSHU, scale, mask_BTS):
   wide = jnp.promote_types(q_BTHK.dtype, jnp.float32)
   scores = jnp.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=wide)
   scores = jnp.where(mask_BTS[:, None], scores * scale, -jnp.inf)
@@ -39,15 +56,15 @@ def attend(
 
 def causal_attend(
   q_BTHK: jax.Array,
-  k_BTHK: jax.Array,
-  v_BTHU: jax.Array,
+  k_BTGK: jax.Array,
+  v_BTGU: jax.Array,
   scale: float,
   segments_BT: jax.Array | None = None,
 ) -> jax.Array:
   """Each position sees itself and what came before, within its segment if given.
 
-  16-bit inputs without segments run in cuDNN on a GPU; it wants values as wide as
-  keys, so they are padded.
+  Heads as for `attend`. 16-bit inputs without segments run in cuDNN on a GPU; it
+  wants values as wide as keys, so they are padded.
   """
   fused = (
     q_BTHK.dtype == jnp.bfloat16
@@ -55,25 +72,35 @@ def causal_attend(
     and jax.default_backend() == "gpu"
   )
   if fused:
-    pad = q_BTHK.shape[-1] - v_BTHU.shape[-1]
-    v_BTHK = jnp.pad(v_BTHU, ((0, 0), (0, 0), (0, 0), (0, pad)))
+    pad = q_BTHK.shape[-1] - v_BTGU.shape[-1]
+    v_BTGK = jnp.pad(v_BTGU, ((0, 0), (0, 0), (0, 0), (0, pad)))
     out = jax.nn.dot_product_attention(
-      q_BTHK, k_BTHK, v_BTHK, scale=scale, is_causal=True, implementation="cudnn"
+      q_BTHK, k_BTGK, v_BTGK, scale=scale, is_causal=True, implementation="cudnn"
     )
-    return out[..., : v_BTHU.shape[-1]]
+    return out[..., : v_BTGU.shape[-1]]
   t = q_BTHK.shape[1]
   mask = jnp.tril(jnp.ones((1, t, t), bool))
   if segments_BT is not None:
     mask &= segments_BT[:, :, None] == segments_BT[:, None, :]
-  return attend(q_BTHK, k_BTHK, v_BTHU, scale, mask)
+  return attend(q_BTHK, k_BTGK, v_BTGU, scale, mask)
 
 
-def write_cache(cache_BSL: jax.Array, new_BTL: jax.Array, positions_BT: jax.Array):
-  """The cache with `new` at `positions`; positions outside the cache write nothing."""
-  rows = jnp.arange(cache_BSL.shape[0])[:, None]
-  return cache_BSL.at[rows, positions_BT].set(
-    new_BTL.astype(cache_BSL.dtype), mode="drop"
+def write_cache(
+  cache_YBSL: jax.Array,
+  layer: jax.Array | int,
+  new_BTL: jax.Array,
+  positions_BT: jax.Array,
+) -> jax.Array:
+  """The cache with `new` at a layer's `positions`; outside S nothing is written."""
+  rows_B1 = jnp.arange(cache_YBSL.shape[1])[:, None]
+  return cache_YBSL.at[layer, rows_B1, positions_BT].set(
+    new_BTL.astype(cache_YBSL.dtype), mode="drop"
   )
+
+
+def read_cache(cache_YBSL: jax.Array, layer: jax.Array | int, dtype) -> jax.Array:
+  """One layer's cache, [B, S, L]."""
+  return jax.lax.dynamic_index_in_dim(cache_YBSL, layer, keepdims=False).astype(dtype)
 
 
 class LatentAttention(nnx.Module):
@@ -84,16 +111,17 @@ class LatentAttention(nnx.Module):
     d, h = c.dim, c.n_heads
     keys = jax.random.split(key, 5)
     if c.q_lora_rank:
-      self.wq_a = weight(keys[0], (d, c.q_lora_rank), std)
+      self.wq_a = weight(keys[0], (d, c.q_lora_rank), std, inputs=1, outputs=1)
       self.q_norm = RMSNorm(c.q_lora_rank, c.norm_eps)
-      self.wq_b = weight(keys[1], (c.q_lora_rank, h, c.qk_head_dim), std)
+      wq_b = (c.q_lora_rank, h, c.qk_head_dim)
+      self.wq_b = weight(keys[1], wq_b, std, inputs=1, outputs=2)
     else:
-      self.wq = weight(keys[1], (d, h, c.qk_head_dim), std)
-    self.wkv_a = weight(keys[2], (d, c.cache_dim), std)
+      self.wq = weight(keys[1], (d, h, c.qk_head_dim), std, inputs=1, outputs=2)
+    self.wkv_a = weight(keys[2], (d, c.cache_dim), std, inputs=1, outputs=1)
     self.kv_norm = RMSNorm(c.kv_lora_rank, c.norm_eps)
-    kv_width = c.qk_nope_head_dim + c.v_head_dim
-    self.wkv_b = weight(keys[3], (c.kv_lora_rank, h, kv_width), std)
-    self.wo = weight(keys[4], (h, c.v_head_dim, d), std)
+    wkv_b = (c.kv_lora_rank, h, c.qk_nope_head_dim + c.v_head_dim)
+    self.wkv_b = weight(keys[3], wkv_b, std, inputs=1, outputs=2)
+    self.wo = weight(keys[4], (h, c.v_head_dim, d), std, inputs=2, outputs=1)
     self.config = config
 
   def queries(self, x_BTD: jax.Array, positions_BT: jax.Array):
@@ -130,33 +158,40 @@ class LatentAttention(nnx.Module):
       k_BTR[:, :, None], (*k_BTHN.shape[:3], c.qk_rope_head_dim)
     )
     k_BTHK = jnp.concatenate([k_BTHN, k_BTHR], axis=-1)
-    out = causal_attend(q_BTHK, k_BTHK, v_BTHU, softmax_scale(c), segments_BT)
-    out_BTHU = checkpoint_name(out, "attention")
-    return linear(out_BTHU, self.wo[...], contract=2), latents_BTL
+    out_BTHU = causal_attend(q_BTHK, k_BTHK, v_BTHU, softmax_scale(c), segments_BT)
+    out_BTD = linear(out_BTHU, self.wo[...], contract=2, saved="attention")
+    return out_BTD, latents_BTL
 
-  def cached(self, x_BTD: jax.Array, cache_BSL: jax.Array, positions_BT: jax.Array):
-    """Absorbed form against a cache, to which the new tokens are first added.
+  def cached(
+    self,
+    x_BTD: jax.Array,
+    cache_YBSL: jax.Array,
+    layer: jax.Array | int,
+    positions_BT: jax.Array,
+  ) -> tuple[jax.Array, jax.Array]:
+    """Absorbed form against a layer's cache, to which the new tokens are first added.
 
     Returns:
       Output [B, T, D] and the new cache. A token sees the cache up to its position.
     """
     c = self.config
     q_BTHN, q_BTHR = self.queries(x_BTD, positions_BT)
-    cache_BSL = write_cache(cache_BSL, self.latents(x_BTD, positions_BT), positions_BT)
+    latents_BTL = self.latents(x_BTD, positions_BT)
+    cache_YBSL = write_cache(cache_YBSL, layer, latents_BTL, positions_BT)
+    keys_BSL = read_cache(cache_YBSL, layer, x_BTD.dtype)
     up_CHN, up_CHU = jnp.split(self.wkv_b[...], [c.qk_nope_head_dim], axis=-1)
     q_BTHC = jnp.einsum("bthn,chn->bthc", q_BTHN, up_CHN)
     q_BTHL = jnp.concatenate([q_BTHC, q_BTHR], axis=-1)
     wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
-    keys_BSL = cache_BSL.astype(x_BTD.dtype)
     scores = jnp.einsum("bthl,bsl->bhts", q_BTHL, keys_BSL, preferred_element_type=wide)
-    seen_BTS = jnp.arange(cache_BSL.shape[1]) <= positions_BT[..., None]
+    seen_BTS = jnp.arange(keys_BSL.shape[1]) <= positions_BT[..., None]
     scores = jnp.where(seen_BTS[:, None], scores * softmax_scale(c), -jnp.inf)
     probs = jax.nn.softmax(scores, axis=-1).astype(x_BTD.dtype)
     # What lies beyond a position has weight 0, but 0 x NaN is NaN: no such garbage
     # can come, because caches start at zero and hold only what was written.
     mixed_BTHC = jnp.einsum("bhts,bsc->bthc", probs, keys_BSL[..., : c.kv_lora_rank])
     out_BTHU = jnp.einsum("bthc,chu->bthu", mixed_BTHC, up_CHU)
-    return linear(out_BTHU, self.wo[...], contract=2), cache_BSL
+    return linear(out_BTHU, self.wo[...], contract=2), cache_YBSL
 
 
 class MultiHeadAttention(nnx.Module):
@@ -165,10 +200,11 @@ class MultiHeadAttention(nnx.Module):
   def __init__(self, config: ModelConfig, key: jax.Array):
     c, std = config, config.init_std
     keys = jax.random.split(key, 4)
-    self.wq = weight(keys[0], (c.dim, c.n_heads, c.qk_head_dim), std)
-    self.wk = weight(keys[1], (c.dim, c.n_heads, c.qk_head_dim), std)
-    self.wv = weight(keys[2], (c.dim, c.n_heads, c.v_head_dim), std)
-    self.wo = weight(keys[3], (c.n_heads, c.v_head_dim, c.dim), std)
+    qk, v = (c.dim, c.n_heads, c.qk_head_dim), (c.dim, c.n_heads, c.v_head_dim)
+    self.wq = weight(keys[0], qk, std, inputs=1, outputs=2)
+    self.wk = weight(keys[1], qk, std, inputs=1, outputs=2)
+    self.wv = weight(keys[2], v, std, inputs=1, outputs=2)
+    self.wo = weight(keys[3], (*v[1:], c.dim), std, inputs=2, outputs=1)
     self.config = config
 
   def projections(self, x_BTD: jax.Array, positions_BT: jax.Array):
@@ -184,29 +220,44 @@ class MultiHeadAttention(nnx.Module):
   ) -> tuple[jax.Array, jax.Array]:
     """Output [B, T, D] and keys and values as a flat cache [B, T, L]."""
     q, k, v = self.projections(x_BTD, positions_BT)
-    out = causal_attend(q, k, v, softmax_scale(self.config), segments_BT)
-    out_BTHU = checkpoint_name(out, "attention")
-    return linear(out_BTHU, self.wo[...], contract=2), _flat_cache(k, v)
+    out_BTHU = causal_attend(q, k, v, softmax_scale(self.config), segments_BT)
+    out_BTD = linear(out_BTHU, self.wo[...], contract=2, saved="attention")
+    return out_BTD, flat_cache(k, v)
 
-  def cached(self, x_BTD: jax.Array, cache_BSL: jax.Array, positions_BT: jax.Array):
+  def cached(
+    self,
+    x_BTD: jax.Array,
+    cache_YBSL: jax.Array,
+    layer: jax.Array | int,
+    positions_BT: jax.Array,
+  ) -> tuple[jax.Array, jax.Array]:
     """As `LatentAttention.cached`."""
-    c = self.config
     q, k, v = self.projections(x_BTD, positions_BT)
-    cache_BSL = write_cache(cache_BSL, _flat_cache(k, v), positions_BT)
-    b, s, _ = cache_BSL.shape
-    k_BSL, v_BSL = jnp.split(
-      cache_BSL.astype(x_BTD.dtype), [c.n_heads * c.qk_head_dim], axis=-1
-    )
-    k_BSHK = k_BSL.reshape(b, s, c.n_heads, c.qk_head_dim)
-    v_BSHU = v_BSL.reshape(b, s, c.n_heads, c.v_head_dim)
-    seen_BTS = jnp.arange(s) <= positions_BT[..., None]
-    out = attend(q, k_BSHK, v_BSHU, softmax_scale(c), seen_BTS)
-    return linear(out, self.wo[...], contract=2), cache_BSL
+    cache_YBSL = write_cache(cache_YBSL, layer, flat_cache(k, v), positions_BT)
+    flat_BSL = read_cache(cache_YBSL, layer, x_BTD.dtype)
+    out = attend_flat(q, flat_BSL, k.shape[2], softmax_scale(self.config), positions_BT)
+    return linear(out, self.wo[...], contract=2), cache_YBSL
 
 
-def _flat_cache(k_BTHK: jax.Array, v_BTHU: jax.Array) -> jax.Array:
-  b, t = k_BTHK.shape[:2]
-  return jnp.concatenate([k_BTHK.reshape(b, t, -1), v_BTHU.reshape(b, t, -1)], -1)
+def flat_cache(k_BTGK: jax.Array, v_BTGU: jax.Array) -> jax.Array:
+  """Keys and values of all heads side by side, [B, T, L]."""
+  b, t = k_BTGK.shape[:2]
+  return jnp.concatenate([k_BTGK.reshape(b, t, -1), v_BTGU.reshape(b, t, -1)], -1)
+
+
+def attend_flat(
+  q_BTHK: jax.Array,
+  flat_BSL: jax.Array,
+  heads: int,
+  scale: float,
+  positions_BT: jax.Array,
+) -> jax.Array:
+  """Attention to a `flat_cache` of `heads` heads, up to each query's position."""
+  b, s, _ = flat_BSL.shape
+  k_BSL, v_BSL = jnp.split(flat_BSL, [heads * q_BTHK.shape[-1]], axis=-1)
+  k_BSGK, v_BSGU = k_BSL.reshape(b, s, heads, -1), v_BSL.reshape(b, s, heads, -1)
+  seen_BTS = jnp.arange(s) <= positions_BT[..., None]
+  return attend(q_BTHK, k_BSGK, v_BSGU, scale, seen_BTS)
 
 
 def make_attention(config: ModelConfig, key: jax.Array):

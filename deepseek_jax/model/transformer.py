@@ -68,14 +68,16 @@ class Block(nnx.Module):
   def cached(
     self,
     x_BTD: jax.Array,
-    cache_BSL: jax.Array,
+    cache_YBSL: jax.Array,
+    layer: jax.Array | int,
     positions_BT: jax.Array,
     execution: Execution,
   ) -> tuple[jax.Array, jax.Array]:
-    """Tokens that follow a cache: output and the new cache."""
-    out, cache_BSL = self.attn.cached(self.attn_norm(x_BTD), cache_BSL, positions_BT)
+    """Tokens that follow the cache of this layer: output and the new cache."""
+    normed = self.attn_norm(x_BTD)
+    out, cache_YBSL = self.attn.cached(normed, cache_YBSL, layer, positions_BT)
     x_BTD, _ = self._feed_forward(x_BTD + out, execution)
-    return x_BTD, cache_BSL
+    return x_BTD, cache_YBSL
 
   def _feed_forward(self, x_BTD, execution):
     normed = self.ffn_norm(x_BTD)
@@ -147,7 +149,7 @@ class Transformer(nnx.Module):
     execution: Execution = Execution(),  # noqa: B008
   ) -> Output:
     """The main model over whole sequences."""
-    positions_BT = _positions(tokens_BT)
+    positions_BT = positions_of(tokens_BT)
     x_BTD = self.embed(tokens_BT)
 
     def layer(x_BTD, block):
@@ -196,7 +198,7 @@ class Transformer(nnx.Module):
     Returns:
       Normed states, one [B, T, D] a depth, for the head; and stacked routing.
     """
-    positions_BT = _positions(tokens_BT)
+    positions_BT = positions_of(tokens_BT)
     state_BTD, normed, stats = self.mtp_input(hidden_BTD), [], []
     for depth, module in enumerate(self.mtp):
       ahead = jnp.minimum(positions_BT + depth, tokens_BT.shape[1] - 1)
@@ -210,6 +212,10 @@ class Transformer(nnx.Module):
       stats.append(routed)
     stacked = jax.tree.map(lambda *s: jnp.stack(s), *stats) if stats else None
     return normed, stacked
+
+  def head_weight(self) -> jax.Array:
+    """[D, V], for the loss."""
+    return self.head.weight[...]
 
   def logits(self, tokens_BT: jax.Array) -> jax.Array:
     """Logits of the main model, FP32 [B, T, V]."""
@@ -237,7 +243,7 @@ class Transformer(nnx.Module):
       Hidden states [B, T, D] before the final norm, and the cache [layers, B, S, L].
       Places of padding hold garbage that decoding overwrites before it looks there.
     """
-    positions_BT = _positions(tokens_BT)
+    positions_BT = positions_of(tokens_BT)
     x_BTD = self.embed(tokens_BT)
 
     def layer(x_BTD, block):
@@ -269,23 +275,23 @@ class Transformer(nnx.Module):
     Returns:
       Hidden states [B, T, D] before the final norm, and the new cache.
     """
-    x_BTD = self.embed(tokens_BT)
 
-    def layer(x_BTD, block_and_cache):
-      block, layer_cache = block_and_cache
-      return block.cached(x_BTD, layer_cache, positions_BT, execution)
+    def layer(carry, numbered):
+      block, i = numbered
+      return block.cached(*carry, i, positions_BT, execution), None
 
-    caches, start = [], 0
+    # The whole cache is carried, not scanned over: XLA then writes the new rows in
+    # place. As inputs and outputs of the scan every layer's cache would be copied.
+    carry, start = (self.embed(tokens_BT), cache), 0
     for blocks, n in zip(self.stacks(), self._stack_sizes()):
-      x_BTD, new = jax.lax.scan(layer, x_BTD, (blocks, cache[start : start + n]))
-      caches.append(new)
+      carry, _ = jax.lax.scan(layer, carry, (blocks, start + jnp.arange(n)))
       start += n
-    return x_BTD, jnp.concatenate(caches)
+    return carry
 
   def _stack_sizes(self) -> list[int]:
     return [n for n in (self.config.n_dense_layers, self.config.n_moe_layers) if n]
 
 
-def _positions(tokens_BT: jax.Array) -> jax.Array:
+def positions_of(tokens_BT: jax.Array) -> jax.Array:
   b, t = tokens_BT.shape
   return jnp.broadcast_to(jnp.arange(t), (b, t))

@@ -134,7 +134,7 @@ def loss_parts(
   inputs, shape = tokens_BT[:, :-1], tokens_BT.shape
   segments = None if segments_BT is None else segments_BT[:, :-1]
   out = model(inputs, segments, execution)
-  head_DV = model.head.weight[...]
+  head_DV = model.head_weight()
 
   def nats(normed_BTD, ahead):
     targets = jnp.pad(tokens_BT, ((0, 0), (0, ahead - 1)))[:, ahead:]

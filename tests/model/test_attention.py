@@ -36,7 +36,11 @@ def naive(attention, x_BTD, positions_BT, segments_BT=None):
 
 @jax.jit
 def absorbed(attention, x_BTD, cache_BSL, positions_BT):
-  return attention.cached(x_BTD, cache_BSL, positions_BT)
+  """As layer 1 of three; the others' caches stay as they are."""
+  cache_YBSL = jnp.stack([cache_BSL + 1, cache_BSL, cache_BSL + 2])
+  out, after_YBSL = attention.cached(x_BTD, cache_YBSL, 1, positions_BT)
+  kept = (after_YBSL[::2] == cache_YBSL[::2]).all()
+  return out, jnp.where(kept, after_YBSL[1], jnp.nan)
 
 
 # Tokens one at a time, then several at once.
@@ -85,10 +89,10 @@ def test_rows_at_their_own_positions(kind):
 
 
 def test_nothing_is_written_beyond_the_cache():
-  cache = jnp.ones((1, 4, 2))
+  cache = jnp.ones((2, 1, 4, 2))
   new = jnp.full((1, 3, 2), 7.0)
-  written = write_cache(cache, new, jnp.array([[3, 4, 90]]))
-  assert written[0, :, 0].tolist() == [1, 1, 1, 7]
+  written = write_cache(cache, 1, new, jnp.array([[3, 4, 90]]))
+  assert written[:, 0, :, 0].tolist() == [[1, 1, 1, 1], [1, 1, 1, 7]]
 
 
 def test_cache_is_576_values_a_token_and_layer():
