@@ -1,0 +1,190 @@
+"""Rows to other devices and back: the all-to-all of expert parallelism.
+
+DeepSeek-V3 report, 3.2.2; DeepEP (github.com/deepseek-ai/DeepEP). A route says where
+each token's copies go; `dispatch` sends them, `combine` brings rows home and sums them
+in FP32, without weights: gates are the experts' business, so each is the other's
+transpose, and differentiates as such.
+
+    route = plan_ranks(experts_MA // experts_per_rank, rows, axis)     # training
+    route = plan_experts(experts_MA, experts_per_rank, capacity, axis)  # decoding
+    y_CD = dispatch(x_MD, route)    # or send_rows for several arrays, FP8 and scales
+    x_MD = combine(y_CD, route)     # of y = dispatch(x): x times its copies
+
+Received rows stand by bin, source rank, token (see `route.py`). What follows the last
+of a bin is unspecified, NaN included: mask by `route.counts_L`. `route.overflow` must be
+looked at: what exceeded a bound was not sent.
+
+Implementations (`impl`; None takes the platform's own):
+
+| name | runs on | what |
+|---|---|---|
+| reference | everywhere | `lax.all_to_all` of equal shares |
+| gpu | NVIDIA Hopper, GPUs of one host | Mosaic GPU kernel: rows through shared memory into the peer's buffer, over NVLink |
+| tpu | TPU | remote DMA from row to row |
+
+A named implementation works or raises; it never falls back to another.
+
+Shape suffixes: M tokens, A copies of a token at most, D model, C rows of a receive
+buffer, L bins of one rank.
+"""  # noqa: E501
+
+import functools
+from collections.abc import Sequence
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas.all_to_all import reference
+from kernels_pallas.all_to_all.route import Route, plan_experts, plan_ranks
+from kernels_pallas.choose import choose
+
+__all__ = ["Route", "combine", "dispatch", "plan_experts", "plan_ranks", "send_rows"]
+
+_BY_PLATFORM = {"cpu": "reference", "gpu": "gpu", "tpu": "tpu"}
+_PORTABLE = ("reference",)
+
+
+def send_rows(
+  values: Sequence[jax.Array],
+  address_MA: jax.Array,
+  count: jax.Array | int,
+  received: jax.Array,
+  *,
+  rows: int,
+  axis: str,
+  impl: str | None = None,
+) -> list[jax.Array]:
+  """Writes rows into other ranks' buffers. Not differentiable: see `dispatch`.
+
+  Row m of each of `values` goes to each rank and row that `address_MA[m]` names. All
+  ranks of the axis call it together, with the same shapes, none inside a branch that
+  another does not take.
+
+  Args:
+    values: arrays [M, ...] of any dtype, of one M, sent together.
+    address_MA: int32 rank * rows + row, negative for nothing; no two alike over ranks.
+    count: int32, rows from this one on are not looked at.
+    received: int32, how many rows the others, and this rank, send here.
+    rows: rows of a receive buffer, the same on every rank.
+    axis: mesh axis, inside `jax.shard_map`.
+    impl: a name from the module's table, or None.
+
+  Returns:
+    An array [rows, ...] for each of `values`; rows that nobody wrote are unspecified.
+
+  Raises:
+    ValueError: shapes that do not fit together, or an implementation that does not run
+      on this platform or with these shapes.
+  """
+  values = list(values)
+  _check(values, address_MA)
+  name = choose("all_to_all", impl, _BY_PLATFORM, _PORTABLE)
+  count, received = (jnp.asarray(n, jnp.int32) for n in (count, received))
+  return _implementation(name).send_rows(
+    values, address_MA, count, received, rows, axis
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def dispatch(x_MD: jax.Array, route: Route, impl: str | None = None) -> jax.Array:
+  """Sends each token to its ranks or experts: [C, D]. The transpose of `combine`."""
+  (out,) = send_rows(
+    [x_MD],
+    route.address_MA,
+    x_MD.shape[0],
+    route.counts_L.sum(),
+    rows=route.rows,
+    axis=route.axis,
+    impl=impl,
+  )
+  return out
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def combine(y_CD: jax.Array, route: Route, impl: str | None = None) -> jax.Array:
+  """Brings rows home and sums each token's, in FP32: [M, D] in y's dtype.
+
+  The transpose of `dispatch`; rows that nobody sent here reach nothing.
+  """
+  home_PD = bring_home(y_CD, route, impl)
+  wide = jnp.promote_types(y_CD.dtype, jnp.float32)
+  # Negative rows would count from the end; the row past the end is a zero.
+  home_MA = jnp.where(route.home_MA < 0, route.home_rows, route.home_MA)
+  out_MD = jnp.zeros((home_MA.shape[0], y_CD.shape[1]), wide)
+  for a in range(home_MA.shape[1]):
+    out_MD += home_PD.at[home_MA[:, a]].get(mode="fill", fill_value=0).astype(wide)
+  return out_MD.astype(y_CD.dtype)
+
+
+def bring_home(y_CD: jax.Array, route: Route, impl: str | None = None) -> jax.Array:
+  """`combine` before its sum: row `route.home_MA[m, a]` is copy a of token m."""
+  (home_PD,) = send_rows(
+    [y_CD],
+    route.return_C[:, None],
+    _last_row(route),
+    (route.home_MA >= 0).sum(),
+    rows=route.home_rows,
+    axis=route.axis,
+    impl=impl,
+  )
+  return home_PD
+
+
+def _last_row(route: Route) -> jax.Array:
+  """One past the last row of the receive buffer that holds anything."""
+  start_L = jnp.arange(route.counts_L.shape[0]) * (
+    route.rows // route.counts_L.shape[0]
+  )
+  return jnp.where(route.counts_L > 0, start_L + route.counts_L, 0).max()
+
+
+def _dispatch_forward(x_MD, route, impl):
+  return dispatch(x_MD, route, impl), route
+
+
+def _dispatch_backward(impl, route, g_CD):
+  return combine(g_CD, route, impl), _no_gradient(route)
+
+
+def _combine_forward(y_CD, route, impl):
+  return combine(y_CD, route, impl), route
+
+
+def _combine_backward(impl, route, g_MD):
+  # Rows that nobody sent had no part in the sum: their gradient is 0, not unspecified.
+  g_CD = dispatch(g_MD, route, impl)
+  return jnp.where(route.return_C[:, None] < 0, 0, g_CD), _no_gradient(route)
+
+
+dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+combine.defvjp(_combine_forward, _combine_backward)
+
+
+def _no_gradient(route: Route) -> Route:
+  return jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), route)
+
+
+def _implementation(name: str) -> ModuleType:
+  """The module behind a name; kernels are imported when first asked for."""
+  if name == "gpu":
+    from kernels_pallas.all_to_all import gpu
+
+    return gpu
+  if name == "tpu":
+    from kernels_pallas.all_to_all import tpu
+
+    return tpu
+  return reference
+
+
+def _check(values: list[jax.Array], address_MA: jax.Array) -> None:
+  tokens = {value.shape[0] for value in values}
+  if address_MA.ndim != 2 or tokens != {address_MA.shape[0]}:
+    raise ValueError(
+      "all_to_all needs values [M, ...] and addresses [M, A] of one M, got "
+      f"{[value.shape for value in values]} and {address_MA.shape}"
+    )
+  if address_MA.dtype != jnp.int32:
+    raise ValueError(f"all_to_all needs int32 addresses, got {address_MA.dtype}: cast")
