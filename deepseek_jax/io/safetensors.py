@@ -107,15 +107,17 @@ class SafetensorsFile:
 
   def will_read(self, name: str) -> None:
     """Lets the system begin to read the tensor from the disk."""
+    self._advise(name, "MADV_WILLNEED")
+
+  def release(self, name: str) -> None:
+    """Gives the memory of what was read of it back; it can be read again."""
+    self._advise(name, "MADV_DONTNEED")
+
+  def _advise(self, name: str, what: str) -> None:
     entry = self.entries[name]
     start = entry.start - entry.start % mmap.PAGESIZE
-    if hasattr(mmap, "MADV_WILLNEED") and entry.stop > start:
-      self._map.madvise(mmap.MADV_WILLNEED, start, entry.stop - start)
-
-  def release(self) -> None:
-    """Gives the memory of what was read back; it can be read again."""
-    if hasattr(mmap, "MADV_DONTNEED"):
-      self._map.madvise(mmap.MADV_DONTNEED)
+    if hasattr(mmap, what) and entry.stop > entry.start:
+      self._map.madvise(getattr(mmap, what), start, entry.stop - start)
 
 
 class SafetensorsFolder:
@@ -184,9 +186,11 @@ class SafetensorsFolder:
     """As `SafetensorsFile.read`."""
     return self.file_of(tensor).read(tensor)
 
-  def release(self) -> None:
-    for file in self.files.values():
-      file.release()
+  def will_read(self, tensor: str) -> None:
+    self.file_of(tensor).will_read(tensor)
+
+  def release(self, tensor: str) -> None:
+    self.file_of(tensor).release(tensor)
 
 
 def _read_header(file: Any, size: int, path: Path) -> bytes:

@@ -64,7 +64,7 @@ def test_what_is_written_is_read(tmp_path):
     assert found.tobytes() == tensor.tobytes()
     assert not found.flags.writeable
   file.will_read("t.F32")
-  file.release()
+  file.release("t.F32")
   np.testing.assert_array_equal(file.read("t.F32"), tensors["t.F32"])
 
 
