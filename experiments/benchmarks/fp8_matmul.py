@@ -1,0 +1,266 @@
+"""Times the block-scaled FP8 products on one GPU, beside cuBLASLt's and XLA's.
+
+    python -m experiments.benchmarks.fp8_matmul [--retune] [--rows 4096 8192]
+
+For DeepSeek-V3's shapes and each number of rows (tokens) it checks values against the
+FP32 reference, then prints medians of rounds in which the contenders take turns:
+
+  ours        kernels_pallas.fp8_matmul, impl='gpu'
+  cuBLASLt    torch._scaled_mm with the same scales (1x128 by 128x128, and for the
+              weight gradient 1x128 by 1x128), where torch is there
+  one scale   XLA's FP8 dot with one scale a tensor: the ceiling
+
+`--retune` times tilings instead and prints the rows of kernels_pallas/fp8_matmul/
+tilings.py. Inputs are random normal, several sets in turn, so that weights do not stay
+in L2. A time is that of a queue of calls, divided by their number.
+"""
+
+import argparse
+import functools
+import os
+import statistics
+import time
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+
+from kernels_pallas import fp8_matmul as op  # noqa: E402
+from kernels_pallas.fp8_matmul import gpu, reference  # noqa: E402
+from kernels_pallas.fp8_matmul.persistent import Tiling  # noqa: E402
+
+# (N, K) of DeepSeek-V3's Linears.
+SHAPES = [
+  (2112, 7168),
+  (24576, 1536),
+  (32768, 512),
+  (7168, 16384),
+  (4096, 7168),
+  (7168, 2048),
+]
+SMALL_ROWS = 256  # up to here the time is that of moving the weights
+PRODUCTS = ("forward", "dw")
+
+
+def codes(key, rows, columns):
+  """Random normal values quantised by 1 x 128, and their scales, contraction first."""
+  x = jax.random.normal(key, (rows, columns // 128, 128), jnp.float32)
+  scale = jnp.max(jnp.abs(x), axis=2) / 448
+  x = (x / scale[:, :, None]).astype(jnp.float8_e4m3fn)
+  return x.reshape(rows, columns), scale.T
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def make_inputs(product, m, n, k, key):
+  keys = jax.random.split(key, 3)
+  if product == "dw":
+    return *codes(keys[0], n, m), *codes(keys[1], k, m)
+  b, _ = codes(keys[1], n, k)
+  sb = jax.random.uniform(keys[2], (-(-n // 128), k // 128), jnp.float32, 0.5, 1.5)
+  return *codes(keys[0], m, k), b, sb
+
+
+def ours(product, tiling=None):
+  if product == "dw":
+    if tiling is None:
+      return functools.partial(op.fp8_matmul_dw, impl="gpu")
+    return lambda *a: gpu.multiply_tokens(*a, tiling=tiling)[0]
+  if tiling is None:
+    return functools.partial(op.fp8_matmul, impl="gpu")
+  return lambda a, sa, b, sb: gpu.multiply(a, sa, b[None], sb[None], tiling=tiling)
+
+
+def one_scale(product):
+  dtype = jnp.float32 if product == "dw" else jnp.bfloat16
+
+  def dot(a, sa, b, sb):
+    return (jnp.dot(a, b.T, preferred_element_type=jnp.float32) * sa[0, 0]).astype(
+      dtype
+    )
+
+  return dot
+
+
+def worst_error(product, got, inputs) -> float:
+  """1 - cosine-like similarity to the FP32 product of the same codes; inf for NaN."""
+  multiply = reference.multiply_tokens if product == "dw" else reference.multiply
+  want = multiply(*inputs).astype(jnp.float32)
+  got = got.astype(jnp.float32)
+  diff = 1 - 2 * jnp.vdot(got, want) / (jnp.vdot(got, got) + jnp.vdot(want, want))
+  worst_row = jnp.max(
+    jnp.linalg.norm(got - want, axis=1) / jnp.linalg.norm(want, axis=1)
+  )
+  error = max(float(diff) * 1e2, float(worst_row))
+  return error if error == error else float("inf")
+
+
+def jax_queue(function, sets):
+  """One call for every set of inputs, as one compiled program."""
+  run = jax.jit(lambda sets: [function(*inputs) for inputs in sets])
+
+  def queue(times):
+    for _ in range(times):
+      result = run(sets)
+    jax.block_until_ready(result)
+
+  return queue
+
+
+def torch_queue(product, m, n, k, number):
+  """The peer, on its own random inputs, as a replayed CUDA graph."""
+  import torch
+
+  def block_scaled(rows, columns):
+    x = torch.randn(rows, columns // 128, 128, device="cuda")
+    scale = x.abs().amax(2) / 448
+    x = (x / scale[:, :, None]).to(torch.float8_e4m3fn).reshape(rows, columns)
+    return x, scale.t().contiguous().t()
+
+  def inputs():
+    if product == "dw":
+      a, sa = block_scaled(n, m)
+      b, sb = block_scaled(k, m)
+      return a, b.t(), sa, sb.t()
+    a, sa = block_scaled(m, k)
+    b, _ = block_scaled(n, k)
+    return a, b.t(), sa, torch.rand(-(-n // 128), k // 128, device="cuda").t()
+
+  dtype = torch.float32 if product == "dw" else torch.bfloat16
+  sets = [inputs() for _ in range(number)]
+
+  def once():
+    for a, b, sa, sb in sets:
+      torch._scaled_mm(a, b, scale_a=sa, scale_b=sb, out_dtype=dtype)
+
+  once()
+  torch.cuda.synchronize()
+  graph = torch.cuda.CUDAGraph()
+  with torch.cuda.graph(graph):
+    once()
+
+  def queue(times):
+    for _ in range(times):
+      graph.replay()
+    torch.cuda.synchronize()
+
+  return queue
+
+
+def medians(queues, calls, seconds, rounds) -> dict[str, float]:
+  """Median seconds of one call; contenders take turns of about `seconds`."""
+  times = {}
+  for name, queue in queues.items():
+    queue(3)
+    start = time.perf_counter()
+    queue(2)
+    once = (time.perf_counter() - start) / 2
+    times[name] = (max(2, round(seconds / once)), [])
+  for _ in range(rounds):
+    for name, queue in queues.items():
+      number, results = times[name]
+      start = time.perf_counter()
+      queue(number)
+      results.append((time.perf_counter() - start) / number / calls)
+  return {name: statistics.median(results) for name, (_, results) in times.items()}
+
+
+def sets_of(product, m, n, k, small=4):
+  """Several sets of inputs: more where the weights would fit in L2."""
+  number = 16 if m <= SMALL_ROWS else small
+  key = jax.random.key(m + n + k)
+  return [make_inputs(product, m, n, k, jax.random.fold_in(key, i)) for i in range(number)]
+
+
+def line(name, seconds, product, m, n, k, against=None) -> str:
+  out = 4 * n * k if product == "dw" else 2 * m * n
+  moved = (m * k + n * k if product == "forward" else m * n + m * k) + out
+  text = f"  {name:40s} {seconds * 1e6:8.1f} us {2 * m * n * k / seconds / 1e12:7.1f}"
+  text += f" TFLOP/s {moved / seconds / 1e9:6.0f} GB/s"
+  return text + (f"  {against / seconds:5.2f} of cuBLASLt" if against else "")
+
+
+def report(product, m, n, k, flags) -> float | None:
+  """Prints a shape's table; the ratio to cuBLASLt where that ran."""
+  sets = sets_of(product, m, n, k)
+  queues = {"ours": jax_queue(ours(product), sets)}
+  error = worst_error(product, jax.jit(ours(product))(*sets[0]), sets[0])
+  builders = {
+    "one scale": lambda: jax_queue(one_scale(product), sets),
+    "cuBLASLt": lambda: torch_queue(product, m, n, k, len(sets)),
+  }
+  for name, build in builders.items():
+    try:
+      queues[name] = build()
+      queues[name](1)
+    except Exception as problem:
+      queues.pop(name, None)
+      print(f"  {name}: {type(problem).__name__}: {str(problem)[:300]}")
+  times = medians(queues, len(sets), flags.seconds, flags.rounds)
+  verdict = "" if error < 1e-2 else "   WRONG"
+  print(f"{product} M={m} N={n} K={k}: error {error:.1e}{verdict}")
+  for name, seconds in times.items():
+    print(line(name, seconds, product, m, n, k, times.get("cuBLASLt")), flush=True)
+  return times["cuBLASLt"] / times["ours"] if "cuBLASLt" in times else None
+
+
+def candidates(product, m, snakes=(8, 16)):
+  """Tilings that fit in shared memory and are worth a try."""
+  if m <= SMALL_ROWS:
+    widths = [(32, 8), (64, 7), (128, 5)]
+    return [Tiling(c, s, 1, share) for c, s in widths for share in ("", "a")]
+  sizes = [(128, 5, 0), (192, 4, 0), (256, 4, 128)]
+  if product == "dw":
+    sizes = [(128, 5, 0), (192, 4, 0), (192, 4, 64)]
+  shares = ("", "a", "b")
+  return [Tiling(c, s, w, x, f) for c, s, f in sizes for x in shares for w in snakes]
+
+
+def retune(product, m, n, k, flags):
+  sets = sets_of(product, m, n, k, small=2)
+  results = []
+  for tiling in candidates(product, m, flags.snakes):
+    try:
+      function = ours(product, tiling)
+      error = worst_error(product, jax.jit(function)(*sets[0]), sets[0])
+      queue = {"": jax_queue(function, sets)}
+      seconds = medians(queue, len(sets), flags.seconds, flags.rounds)[""]
+      results.append((seconds, tiling, error))
+    except Exception as problem:
+      print(f"  {tiling}: {type(problem).__name__}: {str(problem)[:200]}", flush=True)
+  print(f"retune {product} M={m} N={n} K={k}")
+  for seconds, tiling, error in sorted(results, key=lambda r: r[0])[: flags.show]:
+    name = f"{tiling.columns},{tiling.stages},{tiling.snake},{tiling.share!r},"
+    name += f"{tiling.fresh}" + ("" if error < 1e-2 else f" WRONG {error:.1e}")
+    print(line(name, seconds, product, m, n, k), flush=True)
+
+
+def main():
+  parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+  parser.add_argument("--retune", action="store_true", help="sweep tilings instead")
+  parser.add_argument("--rows", type=int, nargs="+", default=[4096, 8192, 64, 128])
+  parser.add_argument("--products", nargs="+", default=PRODUCTS, choices=PRODUCTS)
+  parser.add_argument("--shapes", type=int, nargs="+", default=range(len(SHAPES)))
+  parser.add_argument("--rounds", type=int, default=7, help="turns of each contender")
+  parser.add_argument("--seconds", type=float, default=0.05, help="of one turn")
+  parser.add_argument("--snakes", type=int, nargs="+", default=(8, 16))
+  parser.add_argument("--show", type=int, default=6, help="tilings printed by retune")
+  flags = parser.parse_args()
+  print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {flags.rounds} rounds")
+  for product in flags.products:
+    for m in flags.rows:
+      if product == "dw" and m <= SMALL_ROWS:
+        continue
+      ratios = []
+      for n, k in (SHAPES[i] for i in flags.shapes):
+        if flags.retune:
+          retune(product, m, n, k, flags)
+        else:
+          ratios.append(report(product, m, n, k, flags))
+      if ratios and all(ratios):
+        mean = statistics.geometric_mean(ratios)
+        print(f"{product} M={m}: {mean:.3f} of cuBLASLt in geometric mean", flush=True)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,171 @@
+"""Block-scaled FP8 products on NVIDIA Hopper: tiles for `persistent.run`.
+
+Dense and grouped products are one: a block of 128 rows has one group, and so one
+matrix; the dense product is the case of one group.
+
+Shapes: M rows (tokens), K contraction, N output, E groups; I and J the two outputs of
+a weight gradient; a lower-case letter is that dimension / 128, rounded up.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas.fp8_matmul import tilings
+from kernels_pallas.fp8_matmul.persistent import BLOCK, ROWS, Tile, Tiling, granule, run
+
+_TMA_FLOATS = 4  # a row of scales must be a multiple of 16 bytes
+_TMA_CODES = 16
+
+
+def unsupported(n: int, k: int) -> str | None:
+  """Why these kernels cannot multiply [M, K] by [N, K], or None when they can."""
+  if n % 64 or k % 64:
+    return f"needs N and K that are multiples of 64, got N={n}, K={k}: pad them"
+  return None
+
+
+def multiply(
+  a_MK: jax.Array,
+  sa_kM: jax.Array,
+  b_ENK: jax.Array,
+  sb_Enk: jax.Array,
+  groups_2m: jax.Array | None = None,
+  *,
+  out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+  num_sms: int | None = None,
+  tiling: Tiling | None = None,
+  interpret=None,
+) -> jax.Array:
+  """Each row times its block's matrix.
+
+  Args:
+    groups_2m: for each block of 128 rows its group (E for none: zeros, unread) and
+      how many of its rows hold data. None: every row has group 0.
+  """
+  (rows, depth), (experts, columns) = a_MK.shape, b_ENK.shape[:2]
+  t = tiling or tilings.forward(rows, columns, depth, groups_2m is not None)
+  tall, wide = t.pair
+  blocks = pl.cdiv(rows, ROWS), pl.cdiv(columns, t.columns)
+  grid = pl.cdiv(blocks[0], tall), pl.cdiv(blocks[1], wide)
+  width, last_scale = granule(t.columns), sb_Enk.shape[1] - 1
+
+  def tile(i, rank, *refs):
+    *group_refs, a_ref, sa_ref, b_ref, sb_ref, c_ref = refs
+    row, column = plgpu.planar_snake(i, grid, 0, t.snake)
+    row = row * tall + (rank if tall > 1 else 0)
+    column = column * wide + (rank if wide > 1 else 0)
+    group, filled, steps = 0, None, pl.cdiv(depth, BLOCK)
+    if group_refs:
+      group, filled = group_refs[0][0, row], group_refs[0][1, row]
+      # A block of no group takes no steps, so its product stays 0, nothing is read.
+      steps = jnp.where(group < experts, steps, 0)
+    at_rows = pl.ds(row * ROWS, ROWS)
+    at_columns = pl.ds(column * t.columns, t.columns)
+
+    def operands(k):
+      at_depth = pl.ds(k * BLOCK, BLOCK)
+      return a_ref.at[at_rows, at_depth], b_ref.at[group, at_columns, at_depth]
+
+    def column_scales(k):
+      starts = range(0, t.columns, width)
+      blocks = [lax.div(column * t.columns + s, BLOCK) for s in starts]
+      return [sb_ref[group, jnp.minimum(n, last_scale), k] for n in blocks]
+
+    return Tile(
+      steps=jnp.int32(steps),
+      operands=operands,
+      row_scales=lambda k: sa_ref.at[k, at_rows],
+      column_scales=column_scales,
+      out=c_ref.at[at_rows, at_columns],
+      rows=filled,
+    )
+
+  fill = run(
+    tile,
+    grid[0] * grid[1],
+    jax.ShapeDtypeStruct((rows, columns), out_dtype),
+    t,
+    scale_each_column=False,
+    num_sms=num_sms,
+    interpret=interpret,
+  )
+  sa_kM = _pad_last(sa_kM, _TMA_FLOATS)
+  if groups_2m is None:
+    return fill(a_MK, sa_kM, b_ENK, sb_Enk)
+  padded = jnp.pad(groups_2m, ((0, 0), (0, -blocks[0] % tall)), constant_values=experts)
+  return fill(padded.astype(jnp.int32), a_MK, sa_kM, b_ENK, sb_Enk)
+
+
+def multiply_tokens(
+  a_IM: jax.Array,
+  sa_mI: jax.Array,
+  b_JM: jax.Array,
+  sb_mJ: jax.Array,
+  spans_2E: jax.Array | None = None,
+  c_EIJ: jax.Array | None = None,
+  *,
+  num_sms: int | None = None,
+  tiling: Tiling | None = None,
+  interpret=None,
+) -> jax.Array:
+  """The weight gradient, FP32 [E, I, J]: a b^T over each group's tokens.
+
+  Args:
+    spans_2E: first token and number of tokens of each group, multiples of 128.
+      None: one group of all tokens.
+    c_EIJ: sums to add to, in place where the caller lets go of them.
+  """
+  (i_size, tokens), j_size = a_IM.shape, b_JM.shape[0]
+  experts = 1 if spans_2E is None else spans_2E.shape[1]
+  t = tiling or tilings.weight_gradient(i_size, j_size, tokens)
+  tall, wide = t.pair
+  grid = pl.cdiv(i_size, ROWS * tall), pl.cdiv(j_size, t.columns * wide)
+
+  def tile(i, rank, *refs):
+    *span_refs, a_ref, sa_ref, b_ref, sb_ref, c_ref = refs
+    expert, i = lax.div(i, grid[0] * grid[1]), lax.rem(i, grid[0] * grid[1])
+    row, column = plgpu.planar_snake(i, grid, 0, t.snake)
+    row = row * tall + (rank if tall > 1 else 0)
+    column = column * wide + (rank if wide > 1 else 0)
+    start, steps = 0, pl.cdiv(tokens, BLOCK)
+    if span_refs:
+      start = lax.div(span_refs[0][0, expert], BLOCK)
+      steps = lax.div(span_refs[0][1, expert], BLOCK)
+    at_rows = pl.ds(row * ROWS, ROWS)
+    at_columns = pl.ds(column * t.columns, t.columns)
+
+    def operands(k):
+      at_tokens = pl.ds((start + k) * BLOCK, BLOCK)
+      return a_ref.at[at_rows, at_tokens], b_ref.at[at_columns, at_tokens]
+
+    return Tile(
+      steps=jnp.int32(steps),
+      operands=operands,
+      row_scales=lambda k: sa_ref.at[start + k, at_rows],
+      column_scales=lambda k: sb_ref.at[start + k, at_columns],
+      out=c_ref.at[expert, at_rows, at_columns],
+    )
+
+  fill = run(
+    tile,
+    experts * grid[0] * grid[1],
+    jax.ShapeDtypeStruct((experts, i_size, j_size), jnp.float32),
+    t,
+    scale_each_column=True,
+    add_to=c_EIJ,
+    num_sms=num_sms,
+    interpret=interpret,
+  )
+  a_IM, b_JM = _pad_last(a_IM, _TMA_CODES), _pad_last(b_JM, _TMA_CODES)
+  if spans_2E is None:
+    return fill(a_IM, sa_mI, b_JM, sb_mJ)
+  return fill(spans_2E.astype(jnp.int32), a_IM, sa_mI, b_JM, sb_mJ)
+
+
+def _pad_last(x: jax.Array, multiple: int) -> jax.Array:
+  """Zeros at the end of the last dimension, up to what TMA wants; often none."""
+  missing = -x.shape[-1] % multiple
+  return jnp.pad(x, ((0, 0), (0, missing))) if missing else x

@@ -1,0 +1,333 @@
+"""The persistent FP8 kernel for NVIDIA Hopper that the dense and grouped products share.
+
+A thread block (or a cluster of two) walks over tiles of the output. Its third
+warpgroup copies operands and their scales into a ring of shared memory by TMA, running
+ahead into the next tile; the other two multiply 64 of the tile's 128 rows each.
+Promotion is DeepSeek's (DeepSeek-V3 report, section 3.3.2; DeepGEMM): 128 of the
+contraction go through the tensor cores into a fresh accumulator, which is then scaled
+and added to sums in FP32 registers. While one warpgroup promotes, the other's products
+keep the tensor cores busy.
+
+In a cluster, two thread blocks work on neighbouring tiles and each fetches half of the
+operand that both need, for both. Left out: Blackwell.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+BLOCK = 128  # of the contraction: one scale, one promotion
+ROWS = 128  # of a tile of the output
+_WARPGROUP_ROWS = 64  # of a wgmma instruction
+_HOPPER_SMS = 132  # of an H100 SXM, an H200 and an H800
+_BY_ROW = plgpu.Layout.WGMMA.reduce(1)
+_BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+  """How one product is cut; a tile of the output is 128 x `columns`.
+
+  Attributes:
+    columns: a multiple of 8 up to 256 that divides 128, or a multiple of 64.
+    stages: slots of the ring.
+    snake: tiles walked along rows before the next column: reuse in L2.
+    share: the operand that a cluster of two thread blocks shares: "a" (two tiles
+      side by side), "b" (one above the other) or "" for no cluster.
+    fresh: columns of one fresh accumulator; 0 for all of the tile's.
+  """
+
+  columns: int = 128
+  stages: int = 5
+  snake: int = 16
+  share: str = ""
+  fresh: int = 0
+
+  @property
+  def pair(self) -> tuple[int, int]:
+    """Tiles of a cluster along rows and columns."""
+    return 2 if self.share == "b" else 1, 2 if self.share == "a" else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+  """What a tile of the output needs, as views of global memory for step k."""
+
+  steps: Any
+  operands: Callable[[Any], tuple[Any, Any]]  # a [128, 128], b [columns, 128]
+  row_scales: Callable[[Any], Any]  # [128]
+  column_scales: Callable[[Any], Any]  # a view [columns], or scalars a granule each
+  out: Any  # [128, columns]
+  rows: Any = None  # of the tile that hold data, None for all
+
+
+def granule(columns: int) -> int:
+  """Columns of a tile that surely share a scale block of 128."""
+  return math.gcd(columns, BLOCK)
+
+
+def run(
+  tile: Callable[..., Tile],
+  tiles: int,
+  out: jax.ShapeDtypeStruct,
+  t: Tiling,
+  *,
+  scale_each_column: bool,
+  add_to: jax.Array | None = None,
+  num_sms: int | None = None,
+  interpret=None,
+) -> Callable[..., jax.Array]:
+  """A function of the operands that fills `out` tile by tile.
+
+  Args:
+    tile: `tile(i, rank, *operand_refs, out_ref)` describes the i-th tile; `rank` is
+      the thread block's place in its cluster.
+    tiles: number of tiles, or of pairs of tiles where t.share is set.
+    scale_each_column: b has a scale a column, not one a granule of columns.
+    add_to: an array that the product is added to in place, instead of a new one.
+    num_sms: multiprocessors to use, None for all.
+  """
+
+  def body(*refs, out_smem, **ring):
+    *refs, out_ref = refs
+    ring = _Ring(t=t, **ring)
+    rank = lax.axis_index("pair") if t.share else 0
+    warpgroup = lax.axis_index("warpgroup")
+
+    def describe(i):
+      return tile(i, rank, *refs, out_ref)
+
+    @pl.when(warpgroup == 2)
+    def copy():
+      plgpu.set_max_registers(40, action="decrease")
+      _copy_operands(describe, tiles, ring, scale_each_column)
+
+    @pl.when(warpgroup < 2)
+    def multiply():
+      plgpu.set_max_registers(232, action="increase")
+      store = functools.partial(
+        _store, smem=out_smem.at[warpgroup], add=add_to is not None
+      )
+      _multiply_tiles(describe, tiles, ring, scale_each_column, store, warpgroup)
+
+  sms = num_sms or (_streaming_multiprocessors() if interpret is None else 2)
+  mesh = plgpu.Mesh(
+    grid=(max(1, sms // 2) if t.share else sms,),
+    grid_names=("sm",),
+    cluster=(2,) if t.share else (),
+    cluster_names=("pair",) if t.share else (),
+    num_threads=3,
+    thread_name="warpgroup",
+  )
+  kernel = functools.partial(
+    pl.kernel,
+    mesh=mesh,
+    compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+    interpret=interpret,
+    name="fp8_matmul",
+  )
+  scratch = _scratch(out.dtype, t, scale_each_column)
+
+  def scoped(*refs):
+    pl.run_scoped(
+      functools.partial(body, *refs), collective_axes="warpgroup", **scratch
+    )
+
+  if add_to is None:
+    return lambda *operands: kernel(scoped, out_type=(out,))(*operands)[0]
+
+  def accumulate(*operands):
+    sums = jax.new_ref(add_to)
+    kernel(scoped, out_type=())(*operands, sums)
+    return sums[...]
+
+  return accumulate
+
+
+def _scratch(out_dtype, t: Tiling, scale_each_column: bool) -> dict[str, Any]:
+  """Shared memory and barriers of one thread block."""
+  columns = _store_columns(t, out_dtype)
+  bytes_ = columns * jnp.dtype(out_dtype).itemsize
+  copies = 4 if scale_each_column else 3
+  free = plgpu.Barrier
+  if t.share:
+    free = functools.partial(plgpu.ClusterBarrier, collective_axes=("pair",))
+  scratch = {
+    "a": _swizzled((t.stages, ROWS, BLOCK), jnp.float8_e4m3fn, 128),
+    "b": _swizzled((t.stages, t.columns, BLOCK), jnp.float8_e4m3fn, 128),
+    "sa": plgpu.SMEM((t.stages, ROWS), jnp.float32),
+    "out_smem": _swizzled((2, 2, _WARPGROUP_ROWS, columns), out_dtype, bytes_),
+    "filled": plgpu.Barrier(num_arrivals=copies, num_barriers=t.stages),
+    "free": free(num_arrivals=2, num_barriers=t.stages),  # two warpgroups
+  }
+  if scale_each_column:
+    scratch["sb"] = plgpu.SMEM((t.stages, t.columns), jnp.float32)
+  return scratch
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ring:
+  """Slots of shared memory, with a barrier each for "filled" and "free again"."""
+
+  t: Tiling
+  a: Any
+  b: Any
+  sa: Any
+  filled: Any
+  free: Any
+  sb: Any = None
+
+
+def _multiply_tiles(describe, tiles, ring, scale_each_column, store, warpgroup):
+  """One warpgroup's part: 64 rows of every tile of this thread block."""
+  t = ring.t
+  mine = pl.ds(warpgroup * _WARPGROUP_ROWS, _WARPGROUP_ROWS)
+  width = granule(t.columns)
+  fresh = t.fresh or t.columns
+
+  @plgpu.nd_loop((tiles,), collective_axes="sm", init_carry=jnp.int32(0))
+  def each_tile(loop, carry):
+    work = describe(loop.index[0])
+
+    def step(k, sums):
+      slot = lax.rem(carry + k, t.stages)
+      scalars = () if scale_each_column else work.column_scales(k)
+      plgpu.barrier_wait(ring.filled.at[slot])
+      sa = plgpu.load(ring.sa.at[slot, mine], layout=_BY_ROW)
+      new = []
+      for start in range(0, t.columns, fresh):
+        product = _product(ring, slot, mine, pl.ds(start, fresh))
+        if start + fresh == t.columns and not scale_each_column:
+          plgpu.barrier_arrive(ring.free.at[slot])
+        for at in range(0, fresh, width):
+          part, shape = product[:, at : at + width], (_WARPGROUP_ROWS, width)
+          if scale_each_column:
+            sb = ring.sb.at[slot, pl.ds(start + at, width)]
+            sb = plgpu.load(sb, layout=_BY_COLUMN)
+            part = part * lax.broadcast_in_dim(sb, shape, (1,))
+            scale = sa
+          else:
+            scale = sa * scalars[(start + at) // width]
+          part = part * lax.broadcast_in_dim(scale, shape, (0,))
+          new.append(sums[len(new)] + part)
+      if scale_each_column:
+        plgpu.barrier_arrive(ring.free.at[slot])
+      return tuple(new)
+
+    zero = jnp.zeros((_WARPGROUP_ROWS, width), jnp.float32)
+    zero = plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
+    sums = lax.fori_loop(0, work.steps, step, (zero,) * (t.columns // width))
+    if work.rows is not None:
+      sums = _mask(sums, work.rows - warpgroup * _WARPGROUP_ROWS)
+    store(sums, out_tile=work.out.at[mine])
+    return carry + work.steps
+
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _product(ring, slot, mine, columns):
+  """64 rows x some columns over 128 of the contraction, through the tensor cores."""
+
+  def multiply(acc):
+    a, b = ring.a.at[slot, mine], ring.b.at[slot, columns]
+    plgpu.wgmma(acc, a, b.transpose((1, 0)))
+    return acc[...]
+
+  shape = (_WARPGROUP_ROWS, columns.size)
+  return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape))
+
+
+def _mask(sums, rows):
+  """Zeros in the rows from `rows` on."""
+  shape = sums[0].shape
+  row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
+  return tuple(jnp.where(row < rows, part, 0.0) for part in sums)
+
+
+def _copy_operands(describe, tiles, ring, scale_each_column):
+  """Fills the ring, tile after tile, as fast as its slots come free."""
+  t = ring.t
+
+  def copy_tile(loop, carry):
+    work = describe(loop.index[0])
+
+    def step(k, _):
+      slot = lax.rem(carry + k, t.stages)
+
+      @pl.when(carry + k >= t.stages)
+      def wait():
+        plgpu.barrier_wait(ring.free.at[slot])
+
+      def copy(source, smem, shared=False):
+        plgpu.copy_gmem_to_smem(
+          source,
+          smem.at[slot],
+          ring.filled.at[slot],
+          collective_axes="pair" if shared else None,
+        )
+
+      a, b = work.operands(k)
+      copy(a, ring.a, t.share == "a")
+      copy(b, ring.b, t.share == "b")
+      copy(work.row_scales(k), ring.sa)
+      if scale_each_column:
+        copy(work.column_scales(k), ring.sb)
+
+    lax.fori_loop(0, work.steps, step, None)
+    return carry + work.steps
+
+  each_tile = plgpu.nd_loop((tiles,), collective_axes="sm", init_carry=jnp.int32(0))
+  copied = each_tile(copy_tile)
+
+  def drain(step, _):  # the last slots: every arrival is waited for once
+    plgpu.barrier_wait(ring.free.at[lax.rem(step, t.stages)])
+
+  lax.fori_loop(jnp.maximum(copied - t.stages, 0), copied, drain, None)
+
+
+def _store(sums, smem, out_tile, add):
+  """Casts and stores a warpgroup's sums through two slots of shared memory."""
+  columns = smem.shape[-1]
+  width = sums[0].shape[1]
+  for i in range(len(sums) * width // columns):
+    part, at = divmod(i * columns, width)
+    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+    smem[i % 2] = sums[part][:, at : at + columns].astype(smem.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(
+      smem.at[i % 2],
+      out_tile.at[:, i * columns : (i + 1) * columns],
+      reduction_op="add" if add else None,
+    )
+
+
+def _store_columns(t: Tiling, dtype) -> int:
+  return min(128 // jnp.dtype(dtype).itemsize, granule(t.columns))
+
+
+def _swizzled(shape: tuple[int, ...], dtype, bytes_: int):
+  """Shared memory in the layout that TMA and wgmma both take."""
+  columns = bytes_ // jnp.dtype(dtype).itemsize
+  transforms = (
+    plgpu.TilingTransform((8, columns)),  # pyright: ignore[reportAbstractUsage]
+    plgpu.SwizzleTransform(bytes_),  # pyright: ignore[reportAbstractUsage]
+  )
+  return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def _streaming_multiprocessors() -> int:
+  """Of the GPU that this is traced for; of an H100 when that is not known."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  if device is not None and device.platform == "gpu" and device.num_cores:
+    return device.num_cores
+  if jax.default_backend() == "gpu":
+    return jax.devices()[0].core_count
+  return _HOPPER_SMS
