@@ -14,12 +14,13 @@ Received rows stand by bin, source rank, token (see `route.py`). What follows th
 of a bin is unspecified, NaN included: mask by `route.counts_L`. `route.overflow` must be
 looked at: what exceeded a bound was not sent.
 
-Implementations (`impl`; None takes the platform's own):
+Implementations (`impl`; None takes the platform's own, and `reference` where the rows
+or the processes do not suit it):
 
 | name | runs on | what |
 |---|---|---|
 | reference | everywhere | `lax.all_to_all` of equal shares |
-| gpu | NVIDIA Hopper, GPUs of one host | Mosaic GPU kernel: rows through shared memory into the peer's buffer, over NVLink |
+| gpu | NVIDIA Hopper, GPUs of one process | Mosaic GPU kernel: rows through shared memory into the peer's buffer, over NVLink |
 | tpu | TPU | remote DMA from row to row |
 
 A named implementation works or raises; it never falls back to another.
@@ -40,7 +41,16 @@ from kernels_pallas.all_to_all import reference
 from kernels_pallas.all_to_all.route import Route, plan_experts, plan_ranks
 from kernels_pallas.choose import choose
 
-__all__ = ["Route", "combine", "dispatch", "plan_experts", "plan_ranks", "send_rows"]
+__all__ = [
+  "Route",
+  "bring_home",
+  "combine",
+  "dispatch",
+  "last_row",
+  "plan_experts",
+  "plan_ranks",
+  "send_rows",
+]
 
 _BY_PLATFORM = {"cpu": "reference", "gpu": "gpu", "tpu": "tpu"}
 _PORTABLE = ("reference",)
@@ -80,7 +90,7 @@ def send_rows(
   """
   values = list(values)
   _check(values, address_MA)
-  name = choose("all_to_all", impl, _BY_PLATFORM, _PORTABLE)
+  name = _choose(impl, values)
   count, received = (jnp.asarray(n, jnp.int32) for n in (count, received))
   return _implementation(name).send_rows(
     values, address_MA, count, received, rows, axis
@@ -123,7 +133,7 @@ def bring_home(y_CD: jax.Array, route: Route, impl: str | None = None) -> jax.Ar
   (home_PD,) = send_rows(
     [y_CD],
     route.return_C[:, None],
-    _last_row(route),
+    last_row(route),
     (route.home_MA >= 0).sum(),
     rows=route.home_rows,
     axis=route.axis,
@@ -132,7 +142,7 @@ def bring_home(y_CD: jax.Array, route: Route, impl: str | None = None) -> jax.Ar
   return home_PD
 
 
-def _last_row(route: Route) -> jax.Array:
+def last_row(route: Route) -> jax.Array:
   """One past the last row of the receive buffer that holds anything."""
   start_L = jnp.arange(route.counts_L.shape[0]) * (
     route.rows // route.counts_L.shape[0]
@@ -177,6 +187,19 @@ def _implementation(name: str) -> ModuleType:
 
     return tpu
   return reference
+
+
+def _choose(impl: str | None, values: list[jax.Array]) -> str:
+  """Settles the name, and whether its kernel takes these rows."""
+  name = choose("all_to_all", impl, _BY_PLATFORM, _PORTABLE)
+  if name in _PORTABLE:
+    return name
+  reason = _implementation(name).unsupported(values)
+  if reason is None:
+    return name
+  if impl is None:
+    return "reference"
+  raise ValueError(f"all_to_all: impl={impl!r} {reason}, or pass impl='reference'")
 
 
 def _check(values: list[jax.Array], address_MA: jax.Array) -> None:

@@ -287,6 +287,28 @@ def test_steps_of_a_scan_do_not_see_each_other(impl, ranks):
   np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices")
+@every_impl
+def test_axes_beside_it_are_kept_apart(impl):
+  """Two exchanges at once over (2, n) devices; with n = 1, each rank with itself."""
+  ranks = min(len(jax.devices()) // 2, 4)
+  devices = np.array(jax.devices()[: 2 * ranks]).reshape(2, ranks)
+  mesh = Mesh(devices, ("data", AXIS))
+  spec = P(("data", AXIS))
+  body = functools.partial(there_and_back, impl, ranks)
+  run = jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+  x = tokens_of(2 * ranks)
+  experts = np.concatenate([choices(kind, ranks) for kind in ("uniform", "empty")])
+  y, _, _, same, counts, *_ = jax.jit(run)(x, experts)
+  np.testing.assert_array_equal(same, np.asarray(x) * copies_of(experts))
+  y, half = np.asarray(y).reshape(2, ranks, ranks * M, D), ranks * M
+  for i in range(2):
+    mine = slice(i * half, (i + 1) * half)
+    for r, want in enumerate(deepep_receive(np.asarray(x)[mine], experts[mine], ranks)):
+      assert counts[i * ranks + r] == len(want)
+      np.testing.assert_array_equal(y[i, r, : len(want)], want)
+
+
 def test_refusals():
   x, address = jnp.zeros((4, D)), jnp.zeros((4, 2), jnp.int32)
   send = functools.partial(

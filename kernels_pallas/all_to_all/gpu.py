@@ -1,0 +1,202 @@
+"""All-to-all on NVIDIA Hopper: rows through shared memory into the peer's buffer.
+
+A few thread blocks, one an SM, share the rows out; the other SMs stay free. A block
+runs rings of stages in shared memory. Of a ring's two warpgroups, one copies rows in by
+bulk copies, the other copies each out, once for each destination, over NVLink, so a
+token is read once however many ranks it goes to. There is no packed copy of what is
+sent. Rows for the sender itself go the same way through the same remote references;
+only in a mesh of one device, for which JAX has none without NVSHMEM, are they plain
+references.
+
+When all its rows have landed, each sender signals every rank's semaphore, and each rank
+waits for all. Before the kernel starts, XLA lets all devices of the mesh meet on their
+streams: until then a peer may still use the memory that is to become its receive
+buffer. So every device of the mesh must come to this call, on the axis or not.
+
+Works among GPUs of one process, with rows of whole 16 bytes. NVLink multicast is not
+used.
+
+Shape suffixes: M source rows, A copies of a row, C rows received, W width of a row.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+_SHARED_BYTES = 220 * 1024  # of the 227 KiB that a block can have
+_BARRIERS = 32  # that one array of them can hold
+_FEWEST_STAGES = 3
+_COPY_BYTES = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """How many SMs send, rings of each, and at most how many rows each ring holds."""
+
+  sms: int = 20
+  rings: int = 2
+  stages: int = 16
+
+  def fit(self, row_bytes: int) -> int:
+    """Stages of a ring: what shared memory and barriers allow."""
+    room = _SHARED_BYTES // (self.rings * row_bytes)
+    return min(self.stages, room, _BARRIERS // self.rings)
+
+
+def unsupported(values: Sequence[jax.Array]) -> str | None:
+  """Why this kernel cannot send such rows, or None when it can."""
+  if jax.process_count() > 1:
+    return "sends among GPUs of one process"
+  sizes = [_row_bytes(value) for value in values]
+  if any(size % _COPY_BYTES for size in sizes):
+    return f"sends rows of whole {_COPY_BYTES} bytes, got {sizes}: pad them"
+  if Layout().fit(sum(sizes)) < _FEWEST_STAGES:
+    return f"holds rows in shared memory, {sum(sizes)} bytes are too wide: split them"
+  return None
+
+
+def send_rows(
+  values: Sequence[jax.Array],
+  address_MA: jax.Array,
+  count: jax.Array,
+  received: jax.Array,
+  rows: int,
+  axis: str,
+  layout: Layout | None = None,
+  interpret=None,
+) -> list[jax.Array]:
+  """As `kernels_pallas.all_to_all.send_rows`; rows that nobody sends to hold anything.
+
+  `layout` is for tuning, `interpret` for tests.
+  """
+  del received  # the semaphore counts senders, not rows
+  layout = layout or Layout()
+  flat = [value.reshape(value.shape[0], -1) for value in values]
+  stages = layout.fit(sum(_row_bytes(value) for value in flat))
+  run = plgpu.kernel(
+    functools.partial(_send, len(flat), layout, stages, rows, axis),
+    out_type=[jax.ShapeDtypeStruct((rows, v.shape[1]), v.dtype) for v in flat],
+    scratch_types=[
+      [plgpu.SMEM((layout.rings, stages, v.shape[1]), v.dtype) for v in flat],
+      plgpu.Barrier(num_arrivals=len(flat), num_barriers=layout.rings * stages),
+      plgpu.Barrier(num_arrivals=1, num_barriers=layout.rings * stages),
+    ],
+    grid=(layout.sms,),
+    grid_names=("sm",),
+    num_threads=2 * layout.rings,
+    thread_name="warpgroup",
+    interpret=interpret,
+  )
+  sent = run(*flat, address_MA, count.reshape(1))
+  return [out.reshape(rows, *value.shape[1:]) for out, value in zip(sent, values)]
+
+
+def _send(n_values, layout, stages, rows, axis, *refs):
+  """The kernel, as a warpgroup runs it: even ones fill rings, odd ones empty them."""
+  value_refs, (address_ref, count_ref) = refs[:n_values], refs[n_values : n_values + 2]
+  out_refs, (slots, filled, free) = refs[n_values + 2 : -3], refs[-3:]
+  landed = pl.get_global(plgpu.SemaphoreType.REGULAR)
+  warpgroup = lax.axis_index("warpgroup")
+  ring = lax.div(warpgroup, 2)
+  alone = jax.sharding.get_abstract_mesh().size == 1
+  senders = layout.sms * layout.rings
+  sender = lax.axis_index("sm") * layout.rings + ring
+  slots = [slot.at[ring] for slot in slots]
+  lag = stages // 2  # rows on their way out before the oldest must have left its slot
+
+  def barrier(array, step):
+    return array.at[ring * stages + lax.rem(step, stages)]
+
+  def fill(step, row, _):
+    @pl.when(step >= stages)
+    def reuse():
+      plgpu.barrier_wait(barrier(free, step))
+
+    for value_ref, slot in zip(value_refs, slots):
+      plgpu.copy_gmem_to_smem(
+        value_ref.at[row],
+        slot.at[lax.rem(step, stages)],
+        barrier(filled, step),
+        oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
+      )
+
+  def empty(step, _, addresses):
+    plgpu.barrier_wait(barrier(filled, step))
+    for address in addresses:
+
+      @pl.when(address >= 0)
+      def copy(address=address):
+        peer, row = lax.div(address, rows), lax.rem(address, rows)
+        for out_ref, slot in zip(out_refs, slots):
+          there = out_ref if alone else plgpu.remote_ref(out_ref, {axis: peer})
+          plgpu.copy_smem_to_gmem(
+            slot.at[lax.rem(step, stages)], there.at[row], commit_group=False
+          )
+
+    plgpu.commit_smem_to_gmem_group()
+    plgpu.wait_smem_to_gmem(lag, wait_read_only=True)
+
+    pl.when(step >= lag)(lambda: plgpu.barrier_arrive(barrier(free, step - lag)))
+
+  def walk(visit):
+    return _each_row(address_ref, count_ref[0], sender, senders, visit)
+
+  @pl.when(lax.rem(warpgroup, 2) == 0)
+  def copy_in():
+    steps = walk(fill)
+
+    @pl.loop(jnp.maximum(steps - stages, 0), steps)
+    def drain(step):  # every arrival is waited for once
+      plgpu.barrier_wait(barrier(free, step))
+
+  @pl.when(lax.rem(warpgroup, 2) == 1)
+  def copy_out():
+    steps = walk(empty)
+    plgpu.wait_smem_to_gmem(0)
+
+    @pl.loop(jnp.maximum(steps - lag, 0), steps)
+    def release(step):
+      plgpu.barrier_arrive(barrier(free, step))
+
+    ranks = lax.axis_size(axis)
+
+    @pl.loop(0, ranks)
+    def signal(peer):
+      pl.semaphore_signal(landed, device_id=None if alone else {axis: peer})
+
+    @pl.when(sender == 0)
+    def wait():
+      pl.semaphore_wait(landed, ranks * senders)
+
+
+def _each_row(address_ref, count, first, stride, visit):
+  """visit(step, row, addresses) for each row that goes anywhere; returns their number.
+
+  The addresses of a row are loaded while the one before it is visited.
+  """
+  tokens, copies = address_ref.shape
+
+  def addresses_of(row):
+    row = jnp.minimum(row, tokens - 1)
+    return tuple(address_ref[row, a] for a in range(copies))
+
+  def visit_row(i, carry):
+    step, addresses = carry
+    row = first + i * stride
+    following = addresses_of(row + stride)
+    needed = functools.reduce(jnp.maximum, addresses) >= 0
+    pl.when(needed)(lambda: visit(step, row, addresses))
+    return step + needed.astype(jnp.int32), following
+
+  n = lax.div(jnp.maximum(count - first, 0) + stride - 1, stride)
+  return lax.fori_loop(0, n, visit_row, (jnp.int32(0), addresses_of(first)))[0]
+
+
+def _row_bytes(value: jax.Array) -> int:
+  return value.size // value.shape[0] * value.dtype.itemsize
