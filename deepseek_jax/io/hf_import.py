@@ -19,13 +19,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from deepseek_jax.dense_config import DenseConfig
+from deepseek_jax.io.fp8_weights import FP8, VALUES
 from deepseek_jax.io.hf_check import Source, open_checkpoint
 from deepseek_jax.io.hf_names import SCALE, TILE, AnyConfig, Place, our_shapes
 from deepseek_jax.io.safetensors import SafetensorsError
@@ -33,11 +33,8 @@ from deepseek_jax.model.dense import DenseTransformer
 from deepseek_jax.model.layers import is_variable, named_variables
 from deepseek_jax.model.transformer import Transformer
 
-FP8 = jnp.float8_e4m3fn
 _THREADS = min(16, os.cpu_count() or 1)
 _ROWS = 128  # transposed at once: a run of them is four cache lines of BF16
-_VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
-_VALUES = _VALUES.astype(np.float32)  # of the 256 codes
 _UINT = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 Model = Transformer | DenseTransformer
@@ -275,7 +272,7 @@ def _copy(
     outs_cut = (slice(start, stop), *rest)
     block = raw[outs_cut + ins_cut]
     if factors is not None:
-      block = _VALUES[block.view(np.uint8)]
+      block = VALUES[block.view(np.uint8)]
       block *= factors[rows[outs_cut]]
     _assign(turned[start - first.start : stop - first.start], block)
 

@@ -13,10 +13,13 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +27,7 @@ from deepseek_jax.io.safetensors import DTYPES, INDEX, SINGLE, SafetensorsError
 
 log = logging.getLogger("deepseek_jax")
 
+_THREADS = min(8, os.cpu_count() or 1)
 METADATA = {"format": "pt"}  # what transformers wants to see
 _RANK = {dtype: -rank for rank, dtype in enumerate(DTYPES)}
 
@@ -85,24 +89,54 @@ def make_header(
   return text + b" " * (-len(text) % 8), ordered
 
 
-def write_file(path: Path, header: bytes, specs: Iterable[Spec], fetch: Fetch) -> None:
+def write_file(
+  path: Path,
+  header: bytes,
+  specs: Sequence[Spec],
+  fetch: Fetch,
+  done: Callable[[int], object] = lambda _: None,
+) -> None:
   """Writes one file, tensor by tensor; on an error it is left as it is.
+
+  Args:
+    fetch: called by several threads, a few tensors ahead.
+    done: told the bytes of each tensor when it is written.
 
   Raises:
     SafetensorsError: a fetched tensor is not what its spec says, or the disk is full.
   """
   with path.open("wb") as file, _full_disk_named(path):
     file.write(len(header).to_bytes(8, "little") + header)
-    for spec in specs:
-      tensor = fetch(spec)
+    for spec, tensor in _fetch_ahead(specs, fetch):
       if tensor.dtype != DTYPES[spec.dtype] or tensor.shape != spec.shape:
         raise SafetensorsError(
           f"{spec.name} should be {spec.dtype}{list(spec.shape)}, but is "
           f"{tensor.dtype}{list(tensor.shape)}"
         )
       file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+      done(spec.size)
     file.flush()
     os.fsync(file.fileno())
+
+
+def _fetch_ahead(
+  specs: Sequence[Spec], fetch: Fetch
+) -> Iterator[tuple[Spec, np.ndarray]]:
+  """Each tensor in turn, while threads work at the next ones."""
+  with ThreadPoolExecutor(_THREADS, thread_name_prefix="export") as pool:
+    waiting: deque[tuple[Spec, Any]] = deque()
+    try:
+      for spec in specs:
+        waiting.append((spec, pool.submit(fetch, spec)))
+        if len(waiting) > _THREADS:
+          ready, job = waiting.popleft()
+          yield ready, job.result()
+      while waiting:
+        ready, job = waiting.popleft()
+        yield ready, job.result()
+    finally:
+      for _, job in waiting:
+        job.cancel()
 
 
 def write_index(folder: Path, files: dict[str, list[Spec]]) -> None:
