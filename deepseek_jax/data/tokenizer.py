@@ -12,7 +12,7 @@ import json
 import os
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -78,8 +78,17 @@ class Tokenizer:
     fim_begin, fim_hole, fim_end: fill-in-the-middle tokens, or None.
   """
 
-  def __init__(self, backend: tokenizers.Tokenizer, name: str):
-    """`name` says in errors which tokenizer this is."""
+  def __init__(
+    self,
+    backend: tokenizers.Tokenizer,
+    name: str,
+    roles: Mapping[str, str] | None = None,
+  ):
+    """`name` says in errors which tokenizer this is.
+
+    `roles` gives the texts of special tokens by role (bos, eos, pad) where they are
+    known; otherwise they are found by the names in use.
+    """
     backend.no_truncation()
     backend.no_padding()
     self.name = name
@@ -88,7 +97,11 @@ class Tokenizer:
     self.vocab_size = 1 + max(vocabulary.values(), default=0)
 
     def find(role: str) -> int | None:
-      return next((vocabulary[n] for n in _NAMES[role] if n in vocabulary), None)
+      known = (roles or {}).get(role)
+      if known is not None and known not in vocabulary:
+        raise ValueError(f"{name} has no token {known!r}, its {role} token")
+      names = _NAMES[role] if known is None else (known,)
+      return next((vocabulary[n] for n in names if n in vocabulary), None)
 
     eos = find("eos")
     if eos is None:
@@ -109,7 +122,9 @@ class Tokenizer:
     self._ascii = AsciiWords(self._encode_plain) if _has_v3_rules(backend) else None
 
   @classmethod
-  def from_file(cls, path: str | os.PathLike[str]) -> "Tokenizer":
+  def from_file(
+    cls, path: str | os.PathLike[str], roles: Mapping[str, str] | None = None
+  ) -> "Tokenizer":
     """Raises FileNotFoundError, or ValueError if it is not a tokenizer.json."""
     if not os.path.isfile(path):
       raise FileNotFoundError(f"the tokenizer {os.fspath(path)!r} does not exist")
@@ -119,7 +134,7 @@ class Tokenizer:
       raise ValueError(
         f"{path} is not a Hugging Face tokenizer.json: {error}"
       ) from None
-    return cls(backend, os.fspath(path))
+    return cls(backend, os.fspath(path), roles)
 
   def save(self, path: str | os.PathLike[str]) -> None:
     """Writes tokenizer.json whole or not at all."""
