@@ -2,9 +2,9 @@
 
 A Hugging Face folder says in `chat_template.jinja` or in `tokenizer_config.json` how
 messages become text. DeepSeek's layout: begin of sentence, system text; then for each
-turn `<｜User｜>`, message, `<｜Assistant｜>`, reply, end of sentence. Of earlier replies R1
-keeps what follows `</think>`, and a new one is to open with `<think>` and a line break
-(README of the R1 repository).
+turn `<｜User｜>`, message, `<｜Assistant｜>`, reply, end of sentence. Of earlier
+replies R1 keeps what follows `</think>`, and a new one is to open with `<think>` and a
+line break (README of the R1 repository).
 
 Templates run in Jinja's immutable sandbox, with the settings, filters and functions
 that transformers gives them. Left out in the templates written here: tools, which
