@@ -12,6 +12,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from deepseek_jax.checkpoint_config import CheckpointConfig
+from deepseek_jax.fp8_config import Fp8Config
+
 # A schedule is a tuple of pieces `(until_tokens, shape, value)`: up to and including
 # `until_tokens` the value moves from the previous piece's value (0 before the first)
 # to `value` as "linear" or "cosine", or stands at `value` ("constant").
@@ -315,16 +318,6 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
-  every: int = 500  # steps; 0: only at the end and on interruption
-  keep: int = 3
-  asynchronous: bool = True
-
-  def __post_init__(self):
-    _positive(self, "checkpoint", "keep")
-
-
-@dataclass(frozen=True)
 class GenerateConfig:
   prompts: tuple[str, ...] = ()
   max_new_tokens: int = 128
@@ -347,8 +340,10 @@ class Config:
 
   job: str = "pretrain"
   seed: int = 0
-  precision: Literal["bf16", "fp32"] = "bf16"
-  model: ModelConfig = field(default_factory=ModelConfig)
+  # fp8_emulated: the arithmetic of fp8 in plain JAX, with the ablations of `fp8`.
+  precision: Literal["bf16", "fp8", "fp8_emulated", "fp32"] = "bf16"
+  fp8: Fp8Config = field(default_factory=Fp8Config)
+  model: ModelConfig = field(default_factory=ModelConfig)  # jobs: or a DenseConfig
   mesh: MeshConfig = field(default_factory=MeshConfig)
   train: TrainConfig = field(default_factory=TrainConfig)
   data: DataConfig = field(default_factory=DataConfig)
@@ -357,8 +352,13 @@ class Config:
 
   def __post_init__(self):
     _require(
-      self.precision in ("bf16", "fp32"),
-      f"precision={self.precision!r} must be bf16 or fp32",
+      self.precision in ("bf16", "fp8", "fp8_emulated", "fp32"),
+      f"precision={self.precision!r} must be bf16, fp8, fp8_emulated or fp32",
+    )
+    _require(
+      self.precision == "fp8_emulated" or not self.fp8.ablations,
+      f"precision={self.precision} does not compute {', '.join(self.fp8.ablations)}: "
+      "use precision=fp8_emulated",
     )
     _require(
       self.train.seq_len <= self.model.max_seq_len,

@@ -24,7 +24,11 @@ MAY_IMPORT = {
   "deepseek_jax": (),
   "deepseek_jax.presets": ("deepseek_jax.config",),
   "deepseek_jax.planner": ("deepseek_jax.config", "deepseek_jax.parallel.schedule"),
-  "deepseek_jax.precision": ("kernels_pallas",),
+  "deepseek_jax.config": (
+    "deepseek_jax.checkpoint_config",
+    "deepseek_jax.fp8_config",
+  ),
+  "deepseek_jax.precision": ("deepseek_jax.fp8_config", "kernels_pallas"),
   "deepseek_jax.parallel": ("deepseek_jax.mesh", "kernels_pallas"),
   "deepseek_jax.parallel.schedule": (),
   "deepseek_jax.model": (

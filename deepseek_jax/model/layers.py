@@ -7,17 +7,18 @@ is whole on every device. Sources: DeepSeek-V3 report, sections 2 and 4.2.
 Shape suffixes: B batch, T time, D model, F hidden, V vocabulary, L layers.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.mesh import PIPELINE
-from deepseek_jax.precision.linear import linear
+from deepseek_jax.precision.feed_forward import feed_forward
+from deepseek_jax.precision.tiles import Fp8Weight, Recipe, quantize_weight
 
 
 class RouterBias(nnx.Variable):
@@ -33,7 +34,9 @@ def weight(
 ) -> nnx.Param:
   """A normal(0, std) parameter in FP32.
 
-  `high_precision=True` among the flags keeps it in FP32 in compute too.
+  Flags: `high_precision=True` keeps it in FP32 in compute too; `inputs` and `outputs`
+  mark the weight of a Linear, which FP8 training quantises, and say how many of its
+  last dimensions are contracted with activations and how many come out.
   """
   value = std * jax.random.normal(key, shape, jnp.float32)
   return nnx.Param(value, spec=spec or P(), **flags)
@@ -74,6 +77,44 @@ def cast_for_compute[M: nnx.Module](module: M, dtype: Any) -> M:
     return variable.replace(variable[...].astype(dtype))
 
   return map_variables(cast, module)
+
+
+def quantize_for_compute[M: nnx.Module](module: M, recipe: Recipe) -> M:
+  """The module with every Linear's weight in FP8, in both layouts."""
+
+  def quantize(variable):
+    flags = variable.get_metadata()
+    if not flags.get("inputs"):
+      return variable
+    return variable.replace(
+      quantize_weight(variable[...], flags["inputs"], flags["outputs"], recipe)
+    )
+
+  return map_variables(quantize, module)
+
+
+def gradient_targets[M: nnx.Module](module: M) -> M:
+  """What to differentiate with respect to: the weights, or what stands for FP8 ones."""
+
+  def target(variable):
+    value = variable[...]
+    return (
+      variable.replace(value.gradient) if isinstance(value, Fp8Weight) else variable
+    )
+
+  return map_variables(target, module)
+
+
+def with_gradient_targets[M: nnx.Module](module: M, targets: M) -> M:
+  """The module again, so that gradients with respect to `targets` flow through it."""
+
+  def put(variable, target):
+    value = variable[...]
+    if not isinstance(value, Fp8Weight):
+      return target
+    return variable.replace(dataclasses.replace(value, gradient=target[...]))
+
+  return map_variables(put, module, targets)
 
 
 def widen(x: jax.Array) -> jax.Array:
@@ -137,20 +178,13 @@ class Head(nnx.Module):
     return jnp.matmul(x, w, preferred_element_type=wide)
 
 
-def swiglu(x_F2: jax.Array) -> jax.Array:
-  """silu(gate) * up for the two halves of the last dimension, in FP32 inside."""
-  gate, up = jnp.split(x_F2, 2, axis=-1)
-  return (jax.nn.silu(widen(gate)) * widen(up)).astype(x_F2.dtype)
-
-
 class FeedForward(nnx.Module):
   """SwiGLU: w2(silu(w1 x) * (w3 x)), with w1 and w3 side by side in `w13`."""
 
   def __init__(self, dim: int, hidden: int, std: float, key: jax.Array):
     k13, k2 = jax.random.split(key)
-    self.w13 = weight(k13, (dim, 2 * hidden), std)
-    self.w2 = weight(k2, (hidden, dim), std)
+    self.w13 = weight(k13, (dim, 2 * hidden), std, inputs=1, outputs=1)
+    self.w2 = weight(k2, (hidden, dim), std, inputs=1, outputs=1)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    hidden = checkpoint_name(linear(x, self.w13[...]), "swiglu_input")
-    return linear(swiglu(hidden), self.w2[...])
+    return feed_forward(x, self.w13[...], self.w2[...])

@@ -18,9 +18,9 @@ from jax.sharding import PartitionSpec as P
 from deepseek_jax.config import BalanceConfig, ModelConfig
 from deepseek_jax.mesh import EXPERT
 from deepseek_jax.model import router as routing
-from deepseek_jax.model.layers import FeedForward, swiglu, weight, widen
+from deepseek_jax.model.layers import FeedForward, weight
 from deepseek_jax.parallel.dispatch import combine, dispatch
-from kernels_pallas.grouped_matmul import grouped_matmul, row_multiple
+from deepseek_jax.precision.feed_forward import expert_feed_forward, row_multiple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +52,19 @@ class Experts(nnx.Module):
   def __init__(self, config: ModelConfig, key: jax.Array):
     k13, k2 = jax.random.split(key)
     e, d, f = config.n_routed_experts, config.dim, config.moe_inter_dim
-    self.w13 = weight(k13, (e, d, 2 * f), config.init_std, P(EXPERT))
-    self.w2 = weight(k2, (e, f, d), config.init_std, P(EXPERT))
+    spec, std, one = P(EXPERT), config.init_std, {"inputs": 1, "outputs": 1}
+    self.w13 = weight(k13, (e, d, 2 * f), std, spec, **one)
+    self.w2 = weight(k2, (e, f, d), std, spec, **one)
 
   def __call__(self, rows_ZD, gates_Z, group_sizes_E) -> jax.Array:
-    hidden = grouped_matmul(rows_ZD, self.w13[...], group_sizes_E)
-    hidden = checkpoint_name(hidden, "swiglu_input")
-    gated = widen(swiglu(hidden)) * gates_Z[:, None]
-    return grouped_matmul(gated.astype(rows_ZD.dtype), self.w2[...], group_sizes_E)
+    return expert_feed_forward(
+      rows_ZD, gates_Z, group_sizes_E, self.w13[...], self.w2[...]
+    )
+
+  @property
+  def row_multiple(self) -> int:
+    """What the rows of each expert must be padded to."""
+    return row_multiple(self.w13[...])
 
 
 class MoE(nnx.Module):
@@ -85,7 +90,7 @@ class MoE(nnx.Module):
       experts_MA,
       gates_MA,
       n_experts=c.n_routed_experts,
-      row_multiple=row_multiple(),
+      row_multiple=self.experts.row_multiple,
       capacity=execution.capacity,
       axis=execution.expert_axis,
     )

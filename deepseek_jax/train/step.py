@@ -25,11 +25,19 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import Config
 from deepseek_jax.mesh import BATCH_AXES, EXPERT
-from deepseek_jax.model.layers import RouterBias, is_variable, named_variables
+from deepseek_jax.model.layers import (
+  RouterBias,
+  gradient_targets,
+  is_variable,
+  named_variables,
+  quantize_for_compute,
+  with_gradient_targets,
+)
 from deepseek_jax.model.moe import Execution
 from deepseek_jax.model.router import updated_bias
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel import zero
+from deepseek_jax.precision.tiles import Recipe
 from deepseek_jax.train.loss import LossParts, loss_parts, loss_weights
 from deepseek_jax.train.optimizer import adamw
 
@@ -69,6 +77,7 @@ class Blueprint:
   skeleton: Transformer  # of jax.ShapeDtypeStruct
   layouts: dict[str, zero.Layout]
   compute_dtype: Any
+  fp8: Recipe | None
 
   @staticmethod
   def of(config: Config, mesh: Mesh) -> "Blueprint":
@@ -79,8 +88,11 @@ class Blueprint:
       )
       for name, v in named_variables(skeleton).items()
     }
-    dtype = jnp.bfloat16 if config.precision == "bf16" else jnp.float32
-    return Blueprint(skeleton, layouts, dtype)
+    dtype = jnp.float32 if config.precision == "fp32" else jnp.bfloat16
+    fp8 = None
+    if config.precision.startswith("fp8"):
+      fp8 = Recipe(config.fp8, emulated=config.precision == "fp8_emulated")
+    return Blueprint(skeleton, layouts, dtype, fp8)
 
   def dtype_of(self, variable: nnx.Variable) -> Any:
     high = variable.get_metadata().get("high_precision", False)
@@ -101,6 +113,15 @@ class Blueprint:
       for name, x in params.items()
     }
     return self.assemble({**whole, **bias})
+
+  def compute_weights(self, state: TrainState) -> Transformer:
+    """What training multiplies with: `gather`, then FP8 if that is the precision.
+
+    Weights travel in BF16 and are rounded to FP8 after that, so that blocks of 128x128
+    need not respect shards and a run is the same on every mesh.
+    """
+    model = self.gather(state.params, state.bias)
+    return quantize_for_compute(model, self.fp8) if self.fp8 else model
 
   def names(self, kind: type) -> list[str]:
     named = named_variables(self.skeleton)
@@ -201,7 +222,7 @@ def make_train_step(config: Config, mesh: Mesh, capacity: float) -> Callable:
 
 def _local_step(config, blueprint, run, state: TrainState, batch, scalars: Scalars):
   t = config.train
-  model = blueprint.gather(state.params, state.bias)
+  model = blueprint.compute_weights(state)
   gradients, parts, tokens = _accumulate(model, batch, scalars, run)
   gradients = {
     name: zero.scatter_gradient(gradients[name], blueprint.layouts[name])
@@ -229,13 +250,15 @@ def _accumulate(model, batch, scalars, run):
   sequences = batch["tokens"].shape[0] * batch["tokens"].shape[1]
   sequences *= lax.axis_size(BATCH_AXES)
 
-  def objective(model, micro):
-    parts = loss_parts(model, micro["tokens"], micro.get("segments"), run)
+  def objective(targets, micro):
+    weights = with_gradient_targets(model, targets)
+    parts = loss_parts(weights, micro["tokens"], micro.get("segments"), run)
     nats = (parts.main + scalars.mtp_weight * parts.mtp) / tokens
     return nats + parts.balance / sequences, parts
 
   def one(micro):
-    gradients, parts = jax.grad(objective, has_aux=True)(model, micro)
+    targets = gradient_targets(model)
+    gradients, parts = jax.grad(objective, has_aux=True)(targets, micro)
     named = named_variables(gradients).items()
     return {name: v[...].astype(jnp.float32) for name, v in named}, parts
 
@@ -326,7 +349,7 @@ def make_eval_step(config: Config, mesh: Mesh, capacity: float) -> Callable:
   run = dataclasses.replace(execution(config, mesh, capacity), remat="none")
 
   def local(state: TrainState, batch):
-    model = blueprint.gather(state.params, state.bias)
+    model = blueprint.compute_weights(state)
 
     def one(total, micro):
       parts = loss_parts(model, micro["tokens"], micro.get("segments"), run)

@@ -1,0 +1,82 @@
+"""Products of FP8 operands in plain JAX: what kernels compute, and what none does.
+
+Operands are dequantised and multiplied in FP32, any FP8 format and any tiling; without
+promotion, sums keep the 14 bits or so of Hopper's FP8 tensor cores (DeepSeek-V3 report,
+section 3.3.2, figure 7b). Left out: rounding inside the tensor core's 128 promoted
+products.
+
+Shape suffixes: M rows, K contraction, N output, I and J outputs of a weight gradient,
+E experts, R rows of one tile; a lower-case letter is that dimension divided by 128.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas.fp8_matmul.reference import (
+  dequantize_blocks,
+  dequantize_tiles,
+  multiply_14_bit,
+)
+from kernels_pallas.quantize import TILE
+
+Tiled = tuple[jax.Array, jax.Array]
+
+
+def multiply(
+  a: Tiled,
+  b: Tiled,
+  group_sizes_E: jax.Array | None,
+  promotion: bool,
+) -> jax.Array:
+  """a b^T in FP32: rows [M, K] times a weight [N, K], or by groups [E, N, K]."""
+  product = _dot if promotion else multiply_14_bit
+  a_MK = dequantize_tiles(*a)
+  if group_sizes_E is None:
+    return product(a_MK, dequantize_blocks(*b))
+  b_ENK = jax.vmap(dequantize_blocks)(*b)
+  ends_E = jnp.cumsum(group_sizes_E)
+
+  def tile(start_and_rows):
+    start, a_RK = start_and_rows
+    expert = jnp.searchsorted(ends_E, start, side="right", method="compare_all")
+    y_RN = product(a_RK, b_ENK.at[expert].get(mode="clip"))
+    return jnp.where(expert < len(ends_E), y_RN, 0)
+
+  starts = jnp.arange(0, len(a_MK), TILE)
+  y_mRN = lax.map(tile, (starts, a_MK.reshape(len(starts), TILE, -1)))
+  return y_mRN.reshape(len(a_MK), -1)
+
+
+def weight_gradient(
+  a: Tiled,
+  b: Tiled,
+  group_sizes_E: jax.Array | None,
+  promotion: bool,
+) -> jax.Array:
+  """a b^T over tokens in FP32: [I, M], [J, M] to [I, J], or by groups [E, I, J]."""
+  a_IM, b_JM = dequantize_tiles(*a), dequantize_tiles(*b)
+  if group_sizes_E is None:
+    return _dot(a_IM, b_JM) if promotion else multiply_14_bit(a_IM, b_JM)
+
+  def expert(start_and_end):
+    def tile(t, acc_IJ):
+      cut = functools.partial(
+        lax.dynamic_slice_in_dim, start_index=t * TILE, slice_size=TILE, axis=1
+      )
+      if promotion:
+        return acc_IJ + _dot(cut(a_IM), cut(b_JM))
+      return multiply_14_bit(cut(a_IM), cut(b_JM), acc_MN=acc_IJ)
+
+    zero_IJ = jnp.zeros((len(a_IM), len(b_JM)), jnp.float32)
+    start, end = start_and_end
+    return lax.fori_loop(start // TILE, end // TILE, tile, zero_IJ)
+
+  ends_E = jnp.cumsum(group_sizes_E)
+  return lax.map(expert, (ends_E - group_sizes_E, ends_E))
+
+
+def _dot(a_MK: jax.Array, b_NK: jax.Array) -> jax.Array:
+  return jnp.dot(a_MK, b_NK.T, precision=lax.Precision.HIGHEST)

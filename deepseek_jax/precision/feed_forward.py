@@ -1,0 +1,111 @@
+"""SwiGLU feed-forward, of one network or of many experts, in BF16/FP32 or in FP8.
+
+    y = w2(silu(w1 x) * (w3 x) * gate)          w1 and w3 side by side in `w13`
+
+DeepSeekMoE: gates are applied before the down-projection, so that summing experts is a
+plain sum. FP8 (DeepSeek-V3 report, 3.3 and 3.2.3): six FP8 products, SwiGLU's input
+kept in FP8 and its output computed again; quantising is fused with SwiGLU both ways.
+
+Shape suffixes: Z rows, D model, F hidden, E experts.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from deepseek_jax.precision.linear import linear
+from deepseek_jax.precision.tiles import TILE, Fp8Weight, Recipe
+from kernels_pallas import grouped_matmul as grouped
+
+
+def swiglu(x_F2: jax.Array) -> jax.Array:
+  """silu(gate) * up for the two halves of the last dimension, in FP32 inside."""
+  gate, up = jnp.split(x_F2, 2, axis=-1)
+  return (jax.nn.silu(_widen(gate)) * _widen(up)).astype(x_F2.dtype)
+
+
+def _widen(x: jax.Array) -> jax.Array:
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def feed_forward(
+  x: jax.Array, w13_D2F: jax.Array | Fp8Weight, w2_FD: jax.Array | Fp8Weight
+) -> jax.Array:
+  """The network for x [..., D]; in x's dtype."""
+  if isinstance(w13_D2F, Fp8Weight):
+    assert isinstance(w2_FD, Fp8Weight)
+    y_ZD = _fp8(x.reshape(-1, x.shape[-1]), None, None, w13_D2F, w2_FD)
+    return y_ZD.reshape(x.shape)
+  hidden = checkpoint_name(linear(x, w13_D2F), "swiglu_input")
+  return linear(swiglu(hidden), w2_FD)
+
+
+def row_multiple(w13_ED2F: jax.Array | Fp8Weight) -> int:
+  """What the rows of each expert must be padded to for `expert_feed_forward`."""
+  return TILE if isinstance(w13_ED2F, Fp8Weight) else grouped.row_multiple()
+
+
+def expert_feed_forward(
+  rows_ZD: jax.Array,
+  gates_Z: jax.Array,
+  group_sizes_E: jax.Array,
+  w13_ED2F: jax.Array | Fp8Weight,
+  w2_EFD: jax.Array | Fp8Weight,
+) -> jax.Array:
+  """Each group of rows through its own expert, times its gate.
+
+  Args:
+    rows_ZD: rows grouped by expert, groups padded to `row_multiple` with zeros.
+    gates_Z: FP32 weights.
+    group_sizes_E: int32 rows of each group, padding included.
+    w13_ED2F, w2_EFD: the experts' weights.
+  """
+  if isinstance(w13_ED2F, Fp8Weight):
+    assert isinstance(w2_EFD, Fp8Weight)
+    return _fp8(rows_ZD, gates_Z, group_sizes_E, w13_ED2F, w2_EFD)
+  hidden = grouped.grouped_matmul(rows_ZD, w13_ED2F, group_sizes_E)
+  hidden = checkpoint_name(hidden, "swiglu_input")
+  gated = _widen(swiglu(hidden)) * gates_Z[:, None]
+  return grouped.grouped_matmul(gated.astype(rows_ZD.dtype), w2_EFD, group_sizes_E)
+
+
+def _fp8(x_ZD, gates_Z, sizes_E, w13: Fp8Weight, w2: Fp8Weight):
+  codes = (w13.by_output, w13.by_input, w2.by_output, w2.by_input)
+  return _fp8_feed_forward(
+    x_ZD, gates_Z, w13.gradient, w2.gradient, codes, sizes_E, w13.recipe
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _fp8_feed_forward(x_ZD, gates_Z, d13, d2, codes, sizes_E, recipe: Recipe):
+  return _fp8_fwd(x_ZD, gates_Z, d13, d2, codes, sizes_E, recipe)[0]
+
+
+def _fp8_fwd(x_ZD, gates_Z, d13, d2, codes, sizes_E, recipe):
+  del d13, d2
+  by_output13, by_input13, by_output2, by_input2 = codes
+  multiply = functools.partial(recipe.multiply, dtype=x_ZD.dtype, group_sizes_E=sizes_E)
+  hidden_Z2F = multiply(recipe.rows(x_ZD), by_output13)
+  y_ZD = multiply(recipe.activate(hidden_Z2F, gates_Z), by_output2)
+  kept = recipe.rows(hidden_Z2F, power_of_two=True)
+  kept = jax.tree.map(lambda part: checkpoint_name(part, "swiglu_input"), kept)
+  return y_ZD, (x_ZD, kept, gates_Z, sizes_E, by_input13, by_input2)
+
+
+def _fp8_bwd(recipe, residuals, dy_ZD):
+  x_ZD, kept, gates_Z, sizes_E, by_input13, by_input2 = residuals
+  multiply = functools.partial(recipe.multiply, dtype=x_ZD.dtype, group_sizes_E=sizes_E)
+  dy_rows, dy_columns = recipe.gradient(dy_ZD)
+  d_activated_ZF = multiply(dy_rows, by_input2)
+  (d_rows, d_columns), activated, d_gates_Z = recipe.activate_backward(
+    kept, gates_Z, d_activated_ZF
+  )
+  dx_ZD = multiply(d_rows, by_input13)
+  d13 = recipe.weight_gradient(recipe.columns(x_ZD), d_columns, sizes_E)
+  d2 = recipe.weight_gradient(activated, dy_columns, sizes_E)
+  return dx_ZD, d_gates_Z, d13, d2, None, None
+
+
+_fp8_feed_forward.defvjp(_fp8_fwd, _fp8_bwd)
