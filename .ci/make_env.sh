@@ -47,7 +47,7 @@ fi
 
 : >"$marker"
 rm -f "$stamp"
-echo "Installing deepseek_jax[$EXTRAS] into .venv (1.5 GB when new; log: $log)"
+echo "Installing deepseek_jax[$EXTRAS] into .venv (2 GB when new; log: $log)"
 install() {
   if [ -n "$uv" ]; then
     "$uv" pip install --python "$python" -e ".[$EXTRAS]"
