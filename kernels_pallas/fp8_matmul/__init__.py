@@ -97,7 +97,7 @@ def fp8_matmul_dw(
 
   Args:
     a_IM, b_JM: codes, float8_e4m3fn, tokens last. The GPU's kernel pads M to a
-      multiple of 16, which costs a copy where it is none.
+      multiple of 128, which costs a copy where it is none.
     sa_mI, sb_mJ: FP32 scale of each row's 128 tokens.
     c_IJ: FP32 sums to add to; its buffer is reused where the caller donates it.
     num_sms: multiprocessors that the GPU's kernel uses, None for all.

@@ -16,8 +16,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas.fp8_matmul import tilings
 from kernels_pallas.fp8_matmul.persistent import BLOCK, ROWS, Tile, Tiling, granule, run
 
-_TMA_FLOATS = 4  # a row of scales must be a multiple of 16 bytes
-_TMA_CODES = 16
+_TMA_ROWS = 8  # a tile of TMA's; fewer rows than one are fine too
+_TMA_TOKENS = 128
 
 
 def unsupported(n: int, k: int) -> str | None:
@@ -32,24 +32,57 @@ def multiply(
   sa_kM: jax.Array,
   b_ENK: jax.Array,
   sb_Enk: jax.Array,
-  groups_2m: jax.Array | None = None,
+  blocks_2m: jax.Array | None = None,
   *,
   out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
   num_sms: int | None = None,
   tiling: Tiling | None = None,
   interpret=None,
 ) -> jax.Array:
-  """Each row times its block's matrix.
+  """Each row times its block's matrix; blocks_2m as multiply_groups has it."""
+  rows = a_MK.shape[0]
+  pad = -rows % _TMA_ROWS
+  c_1MN = multiply_groups(
+    jnp.pad(a_MK, ((0, pad), (0, 0)))[None] if pad else a_MK[None],
+    (jnp.pad(sa_kM, ((0, 0), (0, pad))) if pad else sa_kM)[:, None],
+    b_ENK,
+    sb_Enk,
+    blocks_2m,
+    out_dtype=out_dtype,
+    num_sms=num_sms,
+    tiling=tiling,
+    interpret=interpret,
+  )
+  return c_1MN[0, :rows] if pad else c_1MN[0]
+
+
+def multiply_groups(
+  a_GCK: jax.Array,
+  sa_kGC: jax.Array,
+  b_ENK: jax.Array,
+  sb_Enk: jax.Array,
+  blocks_2m: jax.Array | None = None,
+  *,
+  out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+  num_sms: int | None = None,
+  tiling: Tiling | None = None,
+  interpret=None,
+) -> jax.Array:
+  """Each row times its block's matrix, [G, C, N].
 
   Args:
-    groups_2m: for each block of 128 rows its group (E for none: zeros, unread) and
-      how many of its rows hold data. None: every row has group 0.
+    a_GCK: rows in G pieces of C, a multiple of 8; blocks of 128 rows start anew in
+      each piece.
+    blocks_2m: for each block the index of its matrix (E for none: zeros, unread) and,
+      where there is a second row, how many of its rows hold data. None: matrix 0.
   """
-  (rows, depth), (experts, columns) = a_MK.shape, b_ENK.shape[:2]
-  t = tiling or tilings.forward(rows, columns, depth, groups_2m is not None)
+  (pieces, rows, depth), (experts, columns) = a_GCK.shape, b_ENK.shape[:2]
+  t = tiling or tilings.forward(pieces * rows, columns, depth, blocks_2m is not None)
+  if blocks_2m is not None and t.share == "b":
+    raise ValueError("blocks of rows have matrices of their own: share='a' or ''")
   tall, wide = t.pair
-  blocks = pl.cdiv(rows, ROWS), pl.cdiv(columns, t.columns)
-  grid = pl.cdiv(blocks[0], tall), pl.cdiv(blocks[1], wide)
+  per_piece = pl.cdiv(rows, ROWS)
+  grid = pl.cdiv(pieces * per_piece, tall), pl.cdiv(columns, t.columns * wide)
   width, last_scale = granule(t.columns), sb_Enk.shape[1] - 1
 
   def tile(i, rank, *refs):
@@ -59,15 +92,17 @@ def multiply(
     column = column * wide + (rank if wide > 1 else 0)
     group, filled, steps = 0, None, pl.cdiv(depth, BLOCK)
     if group_refs:
-      group, filled = group_refs[0][0, row], group_refs[0][1, row]
+      group = group_refs[0][0, row]
+      filled = group_refs[0][1, row] if blocks_2m.shape[0] == 2 else None
       # A block of no group takes no steps, so its product stays 0, nothing is read.
       steps = jnp.where(group < experts, steps, 0)
+    piece, row = lax.div(row, per_piece), lax.rem(row, per_piece)
     at_rows = pl.ds(row * ROWS, ROWS)
     at_columns = pl.ds(column * t.columns, t.columns)
 
     def operands(k):
       at_depth = pl.ds(k * BLOCK, BLOCK)
-      return a_ref.at[at_rows, at_depth], b_ref.at[group, at_columns, at_depth]
+      return a_ref.at[piece, at_rows, at_depth], b_ref.at[group, at_columns, at_depth]
 
     def column_scales(k):
       starts = range(0, t.columns, width)
@@ -77,26 +112,25 @@ def multiply(
     return Tile(
       steps=jnp.int32(steps),
       operands=operands,
-      row_scales=lambda k: sa_ref.at[k, at_rows],
+      row_scales=lambda k: sa_ref.at[k, piece, at_rows],
       column_scales=column_scales,
-      out=c_ref.at[at_rows, at_columns],
+      out=c_ref.at[piece, at_rows, at_columns],
       rows=filled,
     )
 
   fill = run(
     tile,
     grid[0] * grid[1],
-    jax.ShapeDtypeStruct((rows, columns), out_dtype),
+    jax.ShapeDtypeStruct((pieces, rows, columns), out_dtype),
     t,
     scale_each_column=False,
     num_sms=num_sms,
+    swizzle=BLOCK if depth % BLOCK == 0 else BLOCK // 2,
     interpret=interpret,
   )
-  sa_kM = _pad_last(sa_kM, _TMA_FLOATS)
-  if groups_2m is None:
-    return fill(a_MK, sa_kM, b_ENK, sb_Enk)
-  padded = jnp.pad(groups_2m, ((0, 0), (0, -blocks[0] % tall)), constant_values=experts)
-  return fill(padded.astype(jnp.int32), a_MK, sa_kM, b_ENK, sb_Enk)
+  if blocks_2m is None:
+    return fill(a_GCK, sa_kGC, b_ENK, sb_Enk)
+  return fill(blocks_2m.astype(jnp.int32), a_GCK, sa_kGC, b_ENK, sb_Enk)
 
 
 def multiply_tokens(
@@ -159,13 +193,13 @@ def multiply_tokens(
     num_sms=num_sms,
     interpret=interpret,
   )
-  a_IM, b_JM = _pad_last(a_IM, _TMA_CODES), _pad_last(b_JM, _TMA_CODES)
+  a_IM, b_JM = _pad_last(a_IM), _pad_last(b_JM)
   if spans_2E is None:
     return fill(a_IM, sa_mI, b_JM, sb_mJ)
   return fill(spans_2E.astype(jnp.int32), a_IM, sa_mI, b_JM, sb_mJ)
 
 
-def _pad_last(x: jax.Array, multiple: int) -> jax.Array:
-  """Zeros at the end of the last dimension, up to what TMA wants; often none."""
-  missing = -x.shape[-1] % multiple
-  return jnp.pad(x, ((0, 0), (0, missing))) if missing else x
+def _pad_last(x_IM: jax.Array) -> jax.Array:
+  """Tokens up to a multiple of what TMA wants: often none are missing."""
+  missing = -x_IM.shape[1] % _TMA_TOKENS
+  return jnp.pad(x_IM, ((0, 0), (0, missing))) if missing else x_IM

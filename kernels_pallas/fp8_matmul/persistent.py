@@ -43,6 +43,8 @@ class Tiling:
     share: the operand that a cluster of two thread blocks shares: "a" (two tiles
       side by side), "b" (one above the other) or "" for no cluster.
     fresh: columns of one fresh accumulator; 0 for all of the tile's.
+    overlap: promote one step while the tensor cores work on the next; needs
+      registers for two fresh accumulators, so up to 128 columns.
   """
 
   columns: int = 128
@@ -50,6 +52,7 @@ class Tiling:
   snake: int = 16
   share: str = ""
   fresh: int = 0
+  overlap: bool = False
 
   @property
   def pair(self) -> tuple[int, int]:
@@ -83,6 +86,7 @@ def run(
   scale_each_column: bool,
   add_to: jax.Array | None = None,
   num_sms: int | None = None,
+  swizzle: int = 128,
   interpret=None,
 ) -> Callable[..., jax.Array]:
   """A function of the operands that fills `out` tile by tile.
@@ -94,6 +98,7 @@ def run(
     scale_each_column: b has a scale a column, not one a granule of columns.
     add_to: an array that the product is added to in place, instead of a new one.
     num_sms: multiprocessors to use, None for all.
+    swizzle: bytes; must divide the contracted dimension.
   """
 
   def body(*refs, out_smem, **ring):
@@ -107,16 +112,16 @@ def run(
 
     @pl.when(warpgroup == 2)
     def copy():
-      plgpu.set_max_registers(40, action="decrease")
+      plgpu.set_max_registers(32, action="decrease")
       _copy_operands(describe, tiles, ring, scale_each_column)
 
     @pl.when(warpgroup < 2)
     def multiply():
-      plgpu.set_max_registers(232, action="increase")
+      plgpu.set_max_registers(240, action="increase")
       store = functools.partial(
         _store, smem=out_smem.at[warpgroup], add=add_to is not None
       )
-      _multiply_tiles(describe, tiles, ring, scale_each_column, store, warpgroup)
+      _multiply_tiles(describe, tiles, ring, store, warpgroup)
 
   sms = num_sms or (_streaming_multiprocessors() if interpret is None else 2)
   mesh = plgpu.Mesh(
@@ -134,7 +139,7 @@ def run(
     interpret=interpret,
     name="fp8_matmul",
   )
-  scratch = _scratch(out.dtype, t, scale_each_column)
+  scratch = _scratch(out.dtype, t, scale_each_column, swizzle)
 
   def scoped(*refs):
     pl.run_scoped(
@@ -152,7 +157,9 @@ def run(
   return accumulate
 
 
-def _scratch(out_dtype, t: Tiling, scale_each_column: bool) -> dict[str, Any]:
+def _scratch(
+  out_dtype, t: Tiling, scale_each_column: bool, swizzle: int
+) -> dict[str, Any]:
   """Shared memory and barriers of one thread block."""
   columns = _store_columns(t, out_dtype)
   bytes_ = columns * jnp.dtype(out_dtype).itemsize
@@ -161,8 +168,8 @@ def _scratch(out_dtype, t: Tiling, scale_each_column: bool) -> dict[str, Any]:
   if t.share:
     free = functools.partial(plgpu.ClusterBarrier, collective_axes=("pair",))
   scratch = {
-    "a": _swizzled((t.stages, ROWS, BLOCK), jnp.float8_e4m3fn, 128),
-    "b": _swizzled((t.stages, t.columns, BLOCK), jnp.float8_e4m3fn, 128),
+    "a": _swizzled((t.stages, ROWS, BLOCK), jnp.float8_e4m3fn, swizzle),
+    "b": _swizzled((t.stages, t.columns, BLOCK), jnp.float8_e4m3fn, swizzle),
     "sa": plgpu.SMEM((t.stages, ROWS), jnp.float32),
     "out_smem": _swizzled((2, 2, _WARPGROUP_ROWS, columns), out_dtype, bytes_),
     "filled": plgpu.Barrier(num_arrivals=copies, num_barriers=t.stages),
@@ -186,45 +193,22 @@ class _Ring:
   sb: Any = None
 
 
-def _multiply_tiles(describe, tiles, ring, scale_each_column, store, warpgroup):
+def _multiply_tiles(describe, tiles, ring, store, warpgroup):
   """One warpgroup's part: 64 rows of every tile of this thread block."""
-  t = ring.t
+  width = granule(ring.t.columns)
   mine = pl.ds(warpgroup * _WARPGROUP_ROWS, _WARPGROUP_ROWS)
-  width = granule(t.columns)
-  fresh = t.fresh or t.columns
 
   @plgpu.nd_loop((tiles,), collective_axes="sm", init_carry=jnp.int32(0))
   def each_tile(loop, carry):
     work = describe(loop.index[0])
-
-    def step(k, sums):
-      slot = lax.rem(carry + k, t.stages)
-      scalars = () if scale_each_column else work.column_scales(k)
-      plgpu.barrier_wait(ring.filled.at[slot])
-      sa = plgpu.load(ring.sa.at[slot, mine], layout=_BY_ROW)
-      new = []
-      for start in range(0, t.columns, fresh):
-        product = _product(ring, slot, mine, pl.ds(start, fresh))
-        if start + fresh == t.columns and not scale_each_column:
-          plgpu.barrier_arrive(ring.free.at[slot])
-        for at in range(0, fresh, width):
-          part, shape = product[:, at : at + width], (_WARPGROUP_ROWS, width)
-          if scale_each_column:
-            sb = ring.sb.at[slot, pl.ds(start + at, width)]
-            sb = plgpu.load(sb, layout=_BY_COLUMN)
-            part = part * lax.broadcast_in_dim(sb, shape, (1,))
-            scale = sa
-          else:
-            scale = sa * scalars[(start + at) // width]
-          part = part * lax.broadcast_in_dim(scale, shape, (0,))
-          new.append(sums[len(new)] + part)
-      if scale_each_column:
-        plgpu.barrier_arrive(ring.free.at[slot])
-      return tuple(new)
-
     zero = jnp.zeros((_WARPGROUP_ROWS, width), jnp.float32)
     zero = plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
-    sums = lax.fori_loop(0, work.steps, step, (zero,) * (t.columns // width))
+    zeros = (zero,) * (ring.t.columns // width)
+    part = _Part(ring, work, mine, carry)
+    if ring.t.overlap:
+      sums = part.sum_overlapped(zeros)
+    else:
+      sums = lax.fori_loop(0, work.steps, part.add_step, zeros)
     if work.rows is not None:
       sums = _mask(sums, work.rows - warpgroup * _WARPGROUP_ROWS)
     store(sums, out_tile=work.out.at[mine])
@@ -233,16 +217,109 @@ def _multiply_tiles(describe, tiles, ring, scale_each_column, store, warpgroup):
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _product(ring, slot, mine, columns):
-  """64 rows x some columns over 128 of the contraction, through the tensor cores."""
+@dataclasses.dataclass(frozen=True)
+class _Part:
+  """64 rows of one tile, whose step 0 is the ring's step `first`."""
 
-  def multiply(acc):
-    a, b = ring.a.at[slot, mine], ring.b.at[slot, columns]
+  ring: _Ring
+  work: Tile
+  mine: Any
+  first: Any
+
+  def slot(self, k):
+    return lax.rem(self.first + k, self.ring.t.stages)
+
+  def scales(self, k):
+    """Waits for step k's operands and reads its scales."""
+    ring, slot = self.ring, self.slot(k)
+    scalars = () if ring.sb is not None else tuple(self.work.column_scales(k))
+    plgpu.barrier_wait(ring.filled.at[slot])
+    return plgpu.load(ring.sa.at[slot, self.mine], layout=_BY_ROW), scalars
+
+  def start(self, acc, k, columns):
+    """Queues 128 of the contraction on the tensor cores."""
+    a = self.ring.a.at[self.slot(k), self.mine]
+    b = self.ring.b.at[self.slot(k), columns]
     plgpu.wgmma(acc, a, b.transpose((1, 0)))
-    return acc[...]
 
-  shape = (_WARPGROUP_ROWS, columns.size)
-  return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape))
+  def promote(self, product, k, scales, sums, at, last):
+    """The sums from column `at` on, with a fresh product added; frees the slot."""
+    (sa, scalars), ring, slot = scales, self.ring, self.slot(k)
+    free = functools.partial(plgpu.barrier_arrive, ring.free.at[slot])
+    if last and ring.sb is None:
+      free()
+    width, new = sums[0].shape[1], list(sums)
+    for i in range(at // width, (at + product.shape[1]) // width):
+      start = i * width - at
+      part, shape = product[:, start : start + width], sums[0].shape
+      if ring.sb is None:
+        part = part * lax.broadcast_in_dim(sa * scalars[i], shape, (0,))
+      else:
+        sb = plgpu.load(ring.sb.at[slot, pl.ds(i * width, width)], layout=_BY_COLUMN)
+        part = part * lax.broadcast_in_dim(sb, shape, (1,))
+        part = part * lax.broadcast_in_dim(sa, shape, (0,))
+      new[i] = sums[i] + part
+    if last and ring.sb is not None:
+      free()
+    return tuple(new)
+
+  def add_step(self, k, sums):
+    """One step by itself: multiply, wait, promote."""
+    columns, scales = self.ring.t.columns, self.scales(k)
+    fresh = self.ring.t.fresh or columns
+    for at in range(0, columns, fresh):
+
+      def multiply(acc, at=at):
+        self.start(acc, k, pl.ds(at, fresh))
+        return acc[...]
+
+      product = pl.run_scoped(multiply, _accumulator(fresh))
+      sums = self.promote(product, k, scales, sums, at, at + fresh == columns)
+    return sums
+
+  def sum_overlapped(self, sums):
+    """All steps: while one is promoted, the tensor cores work on the next."""
+    odd, columns = lax.rem(self.work.steps, 2), pl.ds(0, self.ring.t.columns)
+    sums = lax.fori_loop(0, odd, self.add_step, sums)
+    pairs = lax.div(self.work.steps, 2)
+
+    def start(acc, k):
+      scales = self.scales(k)
+      acc[...] = plgpu.layout_cast(
+        jnp.zeros((_WARPGROUP_ROWS, columns.size), jnp.float32), plgpu.Layout.WGMMA
+      )
+      self.start(acc, k, columns)
+      return scales
+
+    def finish(acc, k, scales, sums, queued):
+      product = plgpu.wgmma_accumulator_load(acc, wait_n=queued)
+      return self.promote(product, k, scales, sums, 0, True)
+
+    def in_pairs(even_acc, odd_acc):
+      def pair(i, carry):
+        even_scales, sums = carry
+        k = odd + 2 * i
+        odd_scales = start(odd_acc, k + 1)
+        sums = finish(even_acc, k, even_scales, sums, 1)
+        even_scales = start(even_acc, k + 2)
+        return even_scales, finish(odd_acc, k + 1, odd_scales, sums, 1)
+
+      carry = start(even_acc, odd), sums
+      even_scales, new = lax.fori_loop(0, pairs - 1, pair, carry)
+      k = self.work.steps - 2
+      odd_scales = start(odd_acc, k + 1)
+      new = finish(even_acc, k, even_scales, new, 1)
+      return finish(odd_acc, k + 1, odd_scales, new, 0)
+
+    def some():
+      accumulator = _accumulator(columns.size)
+      return pl.run_scoped(in_pairs, accumulator, accumulator)
+
+    return lax.cond(pairs > 0, some, lambda: sums)
+
+
+def _accumulator(columns: int):
+  return plgpu.WGMMAAccumulatorRef((_WARPGROUP_ROWS, columns))
 
 
 def _mask(sums, rows):

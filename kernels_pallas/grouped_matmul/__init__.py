@@ -8,6 +8,9 @@ its content, NaN included, reaches neither outputs nor gradients, which are 0 th
 
     y_ZF = grouped_matmul(x_ZD, w_EDF, group_sizes_E)
 
+For decoding, `masked_matmul` takes groups of one capacity and the number of rows that
+each holds. The products of block-scaled FP8 are in `fp8.py`, exported here.
+
 Implementations (`impl`; None takes the platform's own, and `blocks` where the shape or
 dtype does not suit it):
 
@@ -20,19 +23,35 @@ dtype does not suit it):
 
 A named implementation works or raises; it never falls back to another.
 
-Shapes: Z rows, E experts (groups), D input, F output.
+Shapes: Z rows, E experts (groups), D input, F output; G groups of capacity C.
 """
 
 import functools
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas.choose import choose
 from kernels_pallas.grouped_matmul import blocks, reference
+from kernels_pallas.grouped_matmul.fp8 import (
+  grouped_fp8_matmul,
+  grouped_fp8_matmul_dw,
+  masked_fp8_matmul,
+)
 
+__all__ = [
+  "grouped_fp8_matmul",
+  "grouped_fp8_matmul_dw",
+  "grouped_matmul",
+  "grouped_matmul_dw",
+  "masked_fp8_matmul",
+  "masked_matmul",
+  "row_multiple",
+]
 _BY_PLATFORM = {"cpu": "blocks", "gpu": "gpu", "tpu": "tpu"}
+_MASKED_BY_PLATFORM = {"cpu": "reference", "gpu": "gpu", "tpu": "reference"}
 _PORTABLE = ("reference", "blocks")
 
 
@@ -47,6 +66,7 @@ def grouped_matmul(
   w_EDF: jax.Array,
   group_sizes_E: jax.Array,
   *,
+  num_sms: int | None = None,
   impl: str | None = None,
 ) -> jax.Array:
   """Multiplies each group's rows by its matrix. Differentiable in x and w.
@@ -55,6 +75,7 @@ def grouped_matmul(
     x_ZD: rows, BF16 or FP32.
     w_EDF: one matrix a group, dtype of x.
     group_sizes_E: int32 rows of each group, as the module's docstring says.
+    num_sms: multiprocessors that the GPU's kernels use, None for all.
     impl: a name from the module's table, or None.
 
   Returns:
@@ -67,41 +88,109 @@ def grouped_matmul(
   """
   _check(x_ZD, w_EDF, group_sizes_E)
   impl = _choose(impl, x_ZD.dtype, w_EDF.shape[1], w_EDF.shape[2])
-  return _grouped_matmul(x_ZD, w_EDF, group_sizes_E, impl)
+  return _grouped_matmul(x_ZD, w_EDF, group_sizes_E, impl, num_sms)
 
 
 def grouped_matmul_dw(
   x_ZD: jax.Array,
   dy_ZF: jax.Array,
   group_sizes_E: jax.Array,
+  c_EDF: jax.Array | None = None,
   *,
   dtype: jax.typing.DTypeLike = jnp.float32,
+  num_sms: int | None = None,
   impl: str | None = None,
 ) -> jax.Array:
   """The gradient of w by itself: x^T dy summed over each group's rows, [E, D, F].
 
   For a caller who accumulates gradients in FP32 beside BF16 weights and writes the
-  backward pass out. Groups of no rows get exactly 0. Not itself differentiable.
+  backward pass out. Groups of no rows get exactly 0. Where `c_EDF` is given, of
+  `dtype`, the gradient is added to it; its buffer is reused where the caller donates
+  it. Not itself differentiable.
   """
   impl = _choose(impl, x_ZD.dtype, x_ZD.shape[1], dy_ZF.shape[1])
-  return _implementation(impl).multiply_rows(x_ZD, dy_ZF, group_sizes_E, dtype)
+  module, operands = _implementation(impl), (x_ZD, dy_ZF, group_sizes_E, dtype)
+  if c_EDF is None:
+    return module.multiply_rows(*operands, **_options(impl, num_sms))
+  shape = (*group_sizes_E.shape, x_ZD.shape[1], dy_ZF.shape[1])
+  if c_EDF.shape != shape or c_EDF.dtype != dtype:
+    raise ValueError(
+      f"grouped_matmul_dw needs c_EDF {jnp.dtype(dtype).name}{list(shape)}, "
+      f"got {c_EDF.dtype}{list(c_EDF.shape)}"
+    )
+  if impl == "gpu":
+    return module.multiply_rows(*operands, add_to=c_EDF, num_sms=num_sms)
+  return c_EDF + module.multiply_rows(*operands)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _grouped_matmul(x_ZD, w_EDF, sizes_E, impl):
-  return _implementation(impl).multiply(x_ZD, w_EDF, sizes_E)
+def masked_matmul(
+  x_GCD: jax.Array,
+  w_GDF: jax.Array,
+  counts_G: jax.Array,
+  *,
+  num_sms: int | None = None,
+  impl: str | None = None,
+) -> jax.Array:
+  """The first counts_G rows of each group times its matrix, 0 in the others.
+
+  Args:
+    x_GCD: rows in groups of one capacity C, BF16 or FP32; content from a group's count
+      on, NaN included, reaches no output. The GPU's kernel takes BF16 and wants C to be
+      a multiple of 8.
+    w_GDF: one matrix a group, dtype of x.
+    counts_G: integer rows of each group that hold data, from 0 to C.
+    num_sms: multiprocessors that the GPU's kernel uses, None for all.
+    impl: 'reference', 'gpu' or None; there is no kernel for TPU, where None takes XLA's
+      batched product.
+
+  Returns:
+    y_GCF in x's dtype, accumulated in FP32.
+
+  Raises:
+    ValueError: as grouped_matmul.
+  """
+  if x_GCD.ndim != 3 or w_GDF.shape[:2] != (x_GCD.shape[0], x_GCD.shape[2]):
+    raise ValueError(
+      "masked_matmul needs x [G, C, D] and w [G, D, F], "
+      f"got {list(x_GCD.shape)}, {list(w_GDF.shape)}"
+    )
+  _check(x_GCD[0], w_GDF, counts_G)
+  name = choose("masked_matmul", impl, _MASKED_BY_PLATFORM, ("reference",))
+  if name == "gpu":
+    gpu = _implementation("gpu")
+    reason = gpu.unsupported(x_GCD.dtype, *w_GDF.shape[1:])
+    if reason is None and x_GCD.shape[1] % 8:
+      reason = f"needs a capacity that is a multiple of 8, got {x_GCD.shape[1]}"
+    if reason is None:
+      return gpu.multiply_masked(x_GCD, w_GDF, counts_G, num_sms=num_sms)
+    if impl is not None:
+      raise ValueError(
+        f"masked_matmul: impl={impl!r} {reason}, or pass impl='reference'"
+      )
+  return reference.multiply_masked(x_GCD, w_GDF, counts_G)
 
 
-def _forward(x_ZD, w_EDF, sizes_E, impl):
-  return _grouped_matmul(x_ZD, w_EDF, sizes_E, impl), (x_ZD, w_EDF, sizes_E)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _grouped_matmul(x_ZD, w_EDF, sizes_E, impl, num_sms):
+  multiply = _implementation(impl).multiply
+  return multiply(x_ZD, w_EDF, sizes_E, **_options(impl, num_sms))
 
 
-def _backward(impl, residuals, dy_ZF):
+def _forward(x_ZD, w_EDF, sizes_E, impl, num_sms):
+  y_ZF = _grouped_matmul(x_ZD, w_EDF, sizes_E, impl, num_sms)
+  return y_ZF, (x_ZD, w_EDF, sizes_E)
+
+
+def _backward(impl, num_sms, residuals, dy_ZF):
   x_ZD, w_EDF, sizes_E = residuals
-  module = _implementation(impl)
-  dx_ZD = module.multiply(dy_ZF, w_EDF, sizes_E, transpose_w=True)
-  dw_EDF = module.multiply_rows(x_ZD, dy_ZF, sizes_E, w_EDF.dtype)
+  module, options = _implementation(impl), _options(impl, num_sms)
+  dx_ZD = module.multiply(dy_ZF, w_EDF, sizes_E, transpose_w=True, **options)
+  dw_EDF = module.multiply_rows(x_ZD, dy_ZF, sizes_E, w_EDF.dtype, **options)
   return dx_ZD, dw_EDF, None
+
+
+def _options(impl: str, num_sms: int | None) -> dict[str, Any]:
+  return {"num_sms": num_sms} if impl == "gpu" else {}
 
 
 _grouped_matmul.defvjp(_forward, _backward)

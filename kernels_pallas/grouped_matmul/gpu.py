@@ -14,6 +14,7 @@ Shapes: Z rows, E experts (groups), D input, F output.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-ROW_MULTIPLE = 128
+from kernels_pallas.grouped_matmul import schedule
+
+ROW_MULTIPLE = schedule.BLOCK_ROWS
 _WARPGROUP_ROWS = 64  # of a wgmma instruction
 _SWIZZLE_BYTES = 128
 _HOPPER_SMS = 132  # of an H100 SXM, an H200 and an H800
@@ -54,24 +57,43 @@ def multiply(
   w_EDF: jax.Array,
   sizes_E: jax.Array,
   transpose_w: bool = False,
+  num_sms: int | None = None,
   tiling: Tiling | None = None,
   interpret=None,
 ) -> jax.Array:
   """Row z of group e becomes x_z @ w_e (or @ w_e^T); rows of no group become 0."""
-  t = tiling or Tiling()
-  rows, depth = x_ZD.shape
-  experts, columns = w_EDF.shape[0], w_EDF.shape[1 if transpose_w else 2]
-  grid = pl.cdiv(rows, t.rows), pl.cdiv(columns, t.columns)
-  expert_of_block = jnp.searchsorted(
-    jnp.cumsum(sizes_E),
-    jnp.arange(grid[0]) * t.rows,
-    side="right",
-    method="compare_all",
-  ).astype(jnp.int32)
+  blocks = schedule.contiguous(sizes_E, x_ZD.shape[0])
+  options = transpose_w, num_sms, tiling, interpret
+  return _multiply_blocks(x_ZD[None], w_EDF, blocks, *options)[0]
 
-  def tile(i, expert_ref, x_ref, w_ref, y_ref):
+
+def multiply_masked(
+  x_GCD: jax.Array,
+  w_GDF: jax.Array,
+  counts_G: jax.Array,
+  num_sms: int | None = None,
+  tiling: Tiling | None = None,
+  interpret=None,
+) -> jax.Array:
+  """The first counts_G rows of each group times its matrix, 0 in the others."""
+  blocks = schedule.masked(counts_G, x_GCD.shape[1])
+  return _multiply_blocks(x_GCD, w_GDF, blocks, False, num_sms, tiling, interpret)
+
+
+def _multiply_blocks(x_GCD, w_EDF, blocks, transpose_w, num_sms, tiling, interpret):
+  """Blocks of 128 rows times the matrices that the table `blocks` names."""
+  t = tiling or Tiling()
+  groups, rows, depth = x_GCD.shape
+  experts, columns = w_EDF.shape[0], w_EDF.shape[1 if transpose_w else 2]
+  per_group = pl.cdiv(rows, t.rows)
+  grid = groups * per_group, pl.cdiv(columns, t.columns)
+
+  def tile(i, block_ref, x_ref, w_ref, y_ref):
     row, column = plgpu.planar_snake(i, grid, 0, t.snake)
-    expert = expert_ref[row]
+    expert, filled = block_ref[0, row], None
+    if blocks.shape[0] == 2:
+      filled = block_ref[1, row]
+    group, row = lax.div(row, per_group), lax.rem(row, per_group)
     at_rows = pl.ds(row * t.rows, t.rows)
     at_columns = pl.ds(column * t.columns, t.columns)
     # A block of no group takes no steps, so its product stays 0 and nothing is read.
@@ -80,15 +102,15 @@ def multiply(
     def operands(k):
       at_depth = pl.ds(k * t.depth, t.depth)
       at_w = (at_columns, at_depth) if transpose_w else (at_depth, at_columns)
-      return x_ref.at[at_rows, at_depth], w_ref.at[(expert, *at_w)]
+      return x_ref.at[group, at_rows, at_depth], w_ref.at[(expert, *at_w)]
 
-    return steps, operands, y_ref.at[at_rows, at_columns]
+    return steps, operands, y_ref.at[group, at_rows, at_columns], filled
 
-  out = jax.ShapeDtypeStruct((rows, columns), x_ZD.dtype)
+  out = jax.ShapeDtypeStruct((groups, rows, columns), x_GCD.dtype)
   run = _persistent_matmul(
-    tile, grid[0] * grid[1], out, t, (False, transpose_w), interpret
+    tile, grid[0] * grid[1], out, t, (False, transpose_w), num_sms, interpret
   )
-  return run(expert_of_block, x_ZD, w_EDF)
+  return run(blocks, x_GCD, w_EDF)
 
 
 def multiply_rows(
@@ -96,34 +118,38 @@ def multiply_rows(
   dy_ZF: jax.Array,
   sizes_E: jax.Array,
   dtype: jax.typing.DTypeLike,
+  add_to: jax.Array | None = None,
+  num_sms: int | None = None,
   tiling: Tiling | None = None,
   interpret=None,
 ) -> jax.Array:
-  """For each group the sum over its rows of x^T dy, [E, D, F]; 0 for empty groups."""
+  """For each group the sum over its rows of x^T dy, [E, D, F]; 0 for empty groups.
+
+  Where `add_to` is given, of that dtype, it is added to, in place if its owner lets go.
+  """
   t = tiling or Tiling()
   experts, d, f = sizes_E.shape[0], x_ZD.shape[1], dy_ZF.shape[1]
   grid = pl.cdiv(d, t.rows), pl.cdiv(f, t.columns)
-  end_E = jnp.cumsum(sizes_E)
-  start_and_size = jnp.stack([end_E - sizes_E, sizes_E]).astype(jnp.int32)
 
-  def tile(i, group_ref, x_ref, dy_ref, dw_ref):
+  def tile(i, span_ref, x_ref, dy_ref, dw_ref):
     expert, i = lax.div(i, grid[0] * grid[1]), lax.rem(i, grid[0] * grid[1])
     row, column = plgpu.planar_snake(i, grid, 0, t.snake)
     at_rows = pl.ds(row * t.rows, t.rows)
     at_columns = pl.ds(column * t.columns, t.columns)
-    start, size = group_ref[0, expert], group_ref[1, expert]
+    start, size = span_ref[0, expert], span_ref[1, expert]
 
     def operands(k):
       at_depth = pl.ds(pl.multiple_of(start + k * t.depth, t.depth), t.depth)
       return x_ref.at[at_depth, at_rows], dy_ref.at[at_depth, at_columns]
 
-    return lax.div(size, t.depth), operands, dw_ref.at[expert, at_rows, at_columns]
+    out = dw_ref.at[expert, at_rows, at_columns]
+    return lax.div(size, t.depth), operands, out, None
 
   out = jax.ShapeDtypeStruct((experts, d, f), dtype)
   run = _persistent_matmul(
-    tile, experts * grid[0] * grid[1], out, t, (True, False), interpret
+    tile, experts * grid[0] * grid[1], out, t, (True, False), num_sms, interpret, add_to
   )
-  return run(start_and_size, x_ZD, dy_ZF)
+  return run(schedule.spans(sizes_E), x_ZD, dy_ZF)
 
 
 def _persistent_matmul(
@@ -132,24 +158,24 @@ def _persistent_matmul(
   out: jax.ShapeDtypeStruct,
   t: Tiling,
   transposed: tuple[bool, bool],
+  num_sms: int | None,
   interpret,
+  add_to: jax.Array | None = None,
 ) -> Callable[..., jax.Array]:
-  """A kernel of (index, a, b) that fills `out` tile by tile.
+  """A kernel of (table, a, b) that fills `out` tile by tile, or adds to `add_to`.
 
-  `tile(i, index_ref, a_ref, b_ref, out_ref)` gives the i-th tile's number of steps,
-  `operands(k)` (views of a and b for step k) and the view of the output it fills. An
-  operand marked transposed has its contracted dimension first (a) or last (b).
+  `tile(i, table_ref, a_ref, b_ref, out_ref)` gives the i-th tile's number of steps,
+  `operands(k)` (views of a and b for step k), the view of the output it fills and how
+  many of its rows hold data (None: all). An operand marked transposed has its
+  contracted dimension first (a) or last (b).
   """
-  a_block = (t.depth, t.rows) if transposed[0] else (t.rows, t.depth)
-  b_block = (t.columns, t.depth) if transposed[1] else (t.depth, t.columns)
-  store_columns = _SWIZZLE_BYTES // jnp.dtype(out.dtype).itemsize
 
-  def body(index, a_ref, b_ref, out_ref, a_smem, b_smem, out_smem, filled, free):
+  def body(table, a_ref, b_ref, out_ref, out_smem, **ring):
     warpgroup = lax.axis_index("warpgroup")
-    ring = _Ring(a_smem, b_smem, filled, free, t.stages)
+    ring = _Ring(stages=t.stages, **ring)
 
     def describe(i):
-      return tile(i, index, a_ref, b_ref, out_ref)
+      return tile(i, table, a_ref, b_ref, out_ref)
 
     @pl.when(warpgroup == 2)
     def copy():
@@ -159,25 +185,52 @@ def _persistent_matmul(
     @pl.when(warpgroup < 2)
     def multiply():
       plgpu.set_max_registers(232, action="increase")
-      mine = pl.ds(warpgroup * _WARPGROUP_ROWS, _WARPGROUP_ROWS)
-      _multiply_tiles(describe, tiles, ring, transposed, mine, out_smem.at[warpgroup])
+      store = functools.partial(
+        _store, smem=out_smem.at[warpgroup], add=add_to is not None
+      )
+      _multiply_tiles(describe, tiles, ring, transposed, warpgroup, store)
 
-  return plgpu.kernel(
-    body,
-    out_type=out,
-    scratch_types=[
-      _swizzled((t.stages, *a_block), jnp.bfloat16),
-      _swizzled((t.stages, *b_block), jnp.bfloat16),
-      _swizzled((2, 2, _WARPGROUP_ROWS, store_columns), out.dtype),
-      plgpu.Barrier(num_arrivals=2, num_barriers=t.stages),  # two copies
-      plgpu.Barrier(num_arrivals=2, num_barriers=t.stages),  # two warpgroups
-    ],
-    grid=(_streaming_multiprocessors() if interpret is None else 2,),
-    grid_names=("sm",),
-    num_threads=3,
-    thread_name="warpgroup",
-    interpret=interpret,
+  scratch = _scratch(out.dtype, t, transposed)
+
+  def scoped(*refs):
+    pl.run_scoped(
+      functools.partial(body, *refs), collective_axes="warpgroup", **scratch
+    )
+
+  sms = num_sms or (_streaming_multiprocessors() if interpret is None else 2)
+  mesh = plgpu.Mesh(
+    grid=(sms,), grid_names=("sm",), num_threads=3, thread_name="warpgroup"
   )
+  kernel = functools.partial(
+    pl.kernel,
+    mesh=mesh,
+    compiler_params=plgpu.CompilerParams(),
+    interpret=interpret,
+    name="grouped_matmul",
+  )
+  if add_to is None:
+    return lambda *operands: kernel(scoped, out_type=(out,))(*operands)[0]
+
+  def accumulate(*operands):
+    sums = jax.new_ref(add_to)
+    kernel(scoped, out_type=())(*operands, sums)
+    return sums[...]
+
+  return accumulate
+
+
+def _scratch(dtype, t: Tiling, transposed: tuple[bool, bool]) -> dict[str, Any]:
+  """Shared memory and barriers of one thread block."""
+  a_block = (t.depth, t.rows) if transposed[0] else (t.rows, t.depth)
+  b_block = (t.columns, t.depth) if transposed[1] else (t.depth, t.columns)
+  store_columns = _SWIZZLE_BYTES // jnp.dtype(dtype).itemsize
+  return {
+    "a": _swizzled((t.stages, *a_block), jnp.bfloat16),
+    "b": _swizzled((t.stages, *b_block), jnp.bfloat16),
+    "out_smem": _swizzled((2, 2, _WARPGROUP_ROWS, store_columns), dtype),
+    "filled": plgpu.Barrier(num_arrivals=2, num_barriers=t.stages),  # two copies
+    "free": plgpu.Barrier(num_arrivals=2, num_barriers=t.stages),  # two warpgroups
+  }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,12 +244,13 @@ class _Ring:
   stages: int
 
 
-def _multiply_tiles(describe, tiles, ring, transposed, mine, out_smem):
-  """One warpgroup's part: the rows `mine` of every tile of this SM."""
+def _multiply_tiles(describe, tiles, ring, transposed, warpgroup, store):
+  """One warpgroup's part: 64 rows of every tile of this SM."""
+  mine = pl.ds(warpgroup * _WARPGROUP_ROWS, _WARPGROUP_ROWS)
 
   @plgpu.nd_loop((tiles,), collective_axes="sm", init_carry=jnp.int32(0))
   def each_tile(loop, carry):
-    steps, _, out_tile = describe(loop.index[0])
+    steps, _, out_tile, filled = describe(loop.index[0])
 
     def free(step):
       plgpu.barrier_arrive(ring.free.at[lax.rem(step, ring.stages)])
@@ -218,7 +272,14 @@ def _multiply_tiles(describe, tiles, ring, transposed, mine, out_smem):
 
     columns = out_tile.shape[1]
     acc = plgpu.WGMMAAccumulatorRef((_WARPGROUP_ROWS, columns))
-    _store(pl.run_scoped(accumulate, acc), out_smem, out_tile.at[mine])
+    product = pl.run_scoped(accumulate, acc)
+    if filled is not None:
+      row = plgpu.broadcasted_iota(
+        jnp.int32, product.shape, 0, layout=plgpu.Layout.WGMMA
+      )
+      mine_filled = filled - warpgroup * _WARPGROUP_ROWS
+      product = jnp.where(row < mine_filled, product, 0.0)
+    store(product, out_tile=out_tile.at[mine])
     return carry + steps
 
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -228,7 +289,7 @@ def _copy_operands(describe, tiles, ring):
   """Fills the ring, tile after tile, as fast as its slots come free."""
 
   def copy_tile(loop, carry):
-    steps, operands, _ = describe(loop.index[0])
+    steps, operands, *_ = describe(loop.index[0])
 
     def step(k, _):
       slot = lax.rem(carry + k, ring.stages)
@@ -253,7 +314,7 @@ def _copy_operands(describe, tiles, ring):
   lax.fori_loop(jnp.maximum(copied - ring.stages, 0), copied, drain, None)
 
 
-def _store(product, smem, out_tile):
+def _store(product, smem, out_tile, add):
   """Casts and stores a warpgroup's product through two slots of shared memory."""
   columns = smem.shape[-1]
   for i in range(product.shape[1] // columns):
@@ -261,7 +322,9 @@ def _store(product, smem, out_tile):
     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
     smem[i % 2] = product[:, at_columns].astype(smem.dtype)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(smem.at[i % 2], out_tile.at[:, at_columns])
+    plgpu.copy_smem_to_gmem(
+      smem.at[i % 2], out_tile.at[:, at_columns], reduction_op="add" if add else None
+    )
 
 
 def _swizzled(shape: tuple[int, ...], dtype):

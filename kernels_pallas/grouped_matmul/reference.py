@@ -3,7 +3,7 @@
 Every expert multiplies every row and a mask keeps its own: obviously right, E times
 the work.
 
-Shapes: Z rows, E experts (groups), D input, F output.
+Shapes: Z rows, E experts (groups), D input, F output; G groups of capacity C.
 """
 
 import jax
@@ -41,6 +41,21 @@ def multiply_rows(
     return jnp.dot(own_ZD.T, own_ZF, precision=lax.Precision.HIGHEST).astype(dtype)
 
   return lax.map(one_expert, _membership(sizes_E, x_ZD.shape[0]))
+
+
+def multiply_masked(
+  x_GCD: jax.Array, w_GDF: jax.Array, counts_G: jax.Array
+) -> jax.Array:
+  """The first counts_G rows of each group times its matrix, 0 in the others."""
+  own_GC = jnp.arange(x_GCD.shape[1]) < counts_G[:, None]
+  x_GCD = jnp.where(own_GC[:, :, None], x_GCD, 0)
+  y_GCF = jnp.einsum(
+    "gcd,gdf->gcf",
+    x_GCD.astype(jnp.float32),
+    w_GDF.astype(jnp.float32),
+    precision=lax.Precision.HIGHEST,
+  )
+  return y_GCF.astype(x_GCD.dtype)
 
 
 def _membership(sizes_E: jax.Array, rows: int) -> jax.Array:
