@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model import moe, rope
+from deepseek_jax.io.hf_config import read_config
+from deepseek_jax.model import rope
 from deepseek_jax.model import router as routing
 from deepseek_jax.model.layers import named_variables
 from deepseek_jax.model.moe import Execution
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.train.loss import cross_entropy
+from kernels_pallas import grouped_matmul as kernel
 from tests.fixtures import weights
 
 MODELS = ["v3", "v3_direct", "v3_mtp", "v2", "v2_lite", "mha"]
@@ -31,44 +33,6 @@ LOGITS = {
   FP64: ["v3_direct", "v3_mtp", "v2", "mha"],
 }
 GRADIENTS = {FP32: ["v3", "v3_direct", "v2"], FP64: ["v3_mtp"]}
-
-
-def config_of(hf: dict) -> ModelConfig:
-  """Our words for a Hugging Face config."""
-  rope_settings, plain = hf["rope_parameters"], hf["model_type"] == "glm4_moe"
-  sigmoid = hf["model_type"] != "deepseek_v2"
-  return ModelConfig(
-    vocab_size=hf["vocab_size"],
-    dim=hf["hidden_size"],
-    inter_dim=hf["intermediate_size"],
-    moe_inter_dim=hf["moe_intermediate_size"],
-    n_layers=hf["num_hidden_layers"],
-    n_dense_layers=hf["first_k_dense_replace"],
-    n_heads=hf["num_attention_heads"],
-    q_lora_rank=hf.get("q_lora_rank") or 0,
-    kv_lora_rank=hf.get("kv_lora_rank", 0),
-    qk_nope_head_dim=hf.get("qk_nope_head_dim", 0),
-    qk_rope_head_dim=hf["head_dim"] if plain else hf["qk_rope_head_dim"],
-    v_head_dim=hf["head_dim"] if plain else hf["v_head_dim"],
-    n_routed_experts=hf["n_routed_experts"],
-    n_shared_experts=hf["n_shared_experts"],
-    n_activated_experts=hf["num_experts_per_tok"],
-    n_expert_groups=hf["n_group"],
-    n_limited_groups=hf["topk_group"],
-    score_func="sigmoid" if sigmoid else "softmax",
-    group_score="top2_sum" if sigmoid else "max",
-    norm_topk_prob=hf["norm_topk_prob"],
-    route_scale=hf["routed_scaling_factor"],
-    use_router_bias=sigmoid,
-    max_seq_len=hf["max_position_embeddings"],
-    original_seq_len=rope_settings.get("original_max_position_embeddings", 4096),
-    rope_interleaved=not plain,
-    rope_factor=rope_settings.get("factor", 1.0),
-    mscale=rope_settings.get("mscale", 1.0),
-    yarn="always",
-    n_mtp_layers=hf.get("num_nextn_predict_layers", 0),
-    norm_eps=hf["rms_norm_eps"],
-  )
 
 
 def as_hf(named: dict[str, np.ndarray], config: ModelConfig) -> dict[str, np.ndarray]:
@@ -142,7 +106,8 @@ def load(meta: dict) -> Transformer:
 
   The way back from `as_hf`, by numbering our elements and seeing where each goes.
   """
-  config = config_of(meta["config"])
+  config, _ = read_config(meta["config"])
+  assert isinstance(config, ModelConfig)
   blank = jax.eval_shape(lambda: Transformer(config, jax.random.key(0)))
   variables, treedef = jax.tree.flatten(blank)
   numbers = np.split(
@@ -277,7 +242,7 @@ def in_double(monkeypatch):
     mine_ZE = (row_Z1 >= end_E - sizes_E) & (row_Z1 < end_E)
     return jnp.einsum("ze,zd,edf->zf", mine_ZE.astype(x_ZD.dtype), x_ZD, w_EDF)
 
-  monkeypatch.setattr(moe, "grouped_matmul", multiply)
+  monkeypatch.setattr(kernel, "grouped_matmul", multiply)
   with jax.enable_x64(True):
     yield
 
@@ -337,7 +302,7 @@ def spread(experts_MA, gates_MA, n_experts: int = 16) -> np.ndarray:
   return gates_ME
 
 
-@pytest.mark.parametrize("name", ["v3"])
+@pytest.mark.parametrize("name", ["v3", "v2", "mha"])
 def test_cached_decoding_and_greedy_text(name):
   """Prefill half of the ids, read the others one by one, then continue greedily."""
   model, arrays = fixture(name)
