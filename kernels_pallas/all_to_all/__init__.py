@@ -46,7 +46,6 @@ __all__ = [
   "bring_home",
   "combine",
   "dispatch",
-  "last_row",
   "plan_experts",
   "plan_ranks",
   "send_rows",
@@ -64,21 +63,23 @@ def send_rows(
   *,
   rows: int,
   axis: str,
+  source_M: jax.Array | None = None,
   impl: str | None = None,
 ) -> list[jax.Array]:
   """Writes rows into other ranks' buffers. Not differentiable: see `dispatch`.
 
-  Row m of each of `values` goes to each rank and row that `address_MA[m]` names. All
-  ranks of the axis call it together, with the same shapes, none inside a branch that
-  another does not take.
+  Row `source_M[m]` of each of `values` goes to each rank and row that `address_MA[m]`
+  names. All ranks of the axis call it together, with the same shapes, none inside a
+  branch that another does not take.
 
   Args:
-    values: arrays [M, ...] of any dtype, of one M, sent together.
+    values: arrays [rows here, ...] of any dtype, sent together.
     address_MA: int32 rank * rows + row, negative for nothing; no two alike over ranks.
-    count: int32, rows from this one on are not looked at.
+    count: int32, entries from this one on are not looked at.
     received: int32, how many rows the others, and this rank, send here.
     rows: rows of a receive buffer, the same on every rank.
     axis: mesh axis, inside `jax.shard_map`.
+    source_M: int32 rows of `values`; None for row m itself.
     impl: a name from the module's table, or None.
 
   Returns:
@@ -89,11 +90,11 @@ def send_rows(
       on this platform or with these shapes.
   """
   values = list(values)
-  _check(values, address_MA)
+  _check(values, address_MA, source_M)
   name = _choose(impl, values)
   count, received = (jnp.asarray(n, jnp.int32) for n in (count, received))
   return _implementation(name).send_rows(
-    values, address_MA, count, received, rows, axis
+    values, address_MA, count, received, rows, axis, source_M=source_M
   )
 
 
@@ -132,22 +133,15 @@ def bring_home(y_CD: jax.Array, route: Route, impl: str | None = None) -> jax.Ar
   """`combine` before its sum: row `route.home_MA[m, a]` is copy a of token m."""
   (home_PD,) = send_rows(
     [y_CD],
-    route.return_C[:, None],
-    last_row(route),
+    route.return_R[:, None],
+    route.counts_L.sum(),
     (route.home_MA >= 0).sum(),
     rows=route.home_rows,
     axis=route.axis,
+    source_M=route.source_R,
     impl=impl,
   )
   return home_PD
-
-
-def last_row(route: Route) -> jax.Array:
-  """One past the last row of the receive buffer that holds anything."""
-  start_L = jnp.arange(route.counts_L.shape[0]) * (
-    route.rows // route.counts_L.shape[0]
-  )
-  return jnp.where(route.counts_L > 0, start_L + route.counts_L, 0).max()
 
 
 def _dispatch_forward(x_MD, route, impl):
@@ -165,7 +159,7 @@ def _combine_forward(y_CD, route, impl):
 def _combine_backward(impl, route, g_MD):
   # Rows that nobody sent had no part in the sum: their gradient is 0, not unspecified.
   g_CD = dispatch(g_MD, route, impl)
-  return jnp.where(route.return_C[:, None] < 0, 0, g_CD), _no_gradient(route)
+  return jnp.where(route.is_filled()[:, None], g_CD, 0), _no_gradient(route)
 
 
 dispatch.defvjp(_dispatch_forward, _dispatch_backward)
@@ -202,12 +196,23 @@ def _choose(impl: str | None, values: list[jax.Array]) -> str:
   raise ValueError(f"all_to_all: impl={impl!r} {reason}, or pass impl='reference'")
 
 
-def _check(values: list[jax.Array], address_MA: jax.Array) -> None:
+def _check(
+  values: list[jax.Array], address_MA: jax.Array, source_M: jax.Array | None
+) -> None:
   tokens = {value.shape[0] for value in values}
-  if address_MA.ndim != 2 or tokens != {address_MA.shape[0]}:
+  entries = len(address_MA) if source_M is None else len(source_M)
+  if (
+    address_MA.ndim != 2
+    or len(tokens) != 1
+    or entries != len(address_MA)
+    or (source_M is None and tokens != {entries})
+  ):
+    sources = "none" if source_M is None else source_M.shape
     raise ValueError(
-      "all_to_all needs values [M, ...] and addresses [M, A] of one M, got "
-      f"{[value.shape for value in values]} and {address_MA.shape}"
+      "all_to_all needs values [M, ...] and addresses [M, A] of one M, or sources [M] "
+      f"as many as addresses, got {[value.shape for value in values]}, "
+      f"{address_MA.shape}, sources {sources}"
     )
-  if address_MA.dtype != jnp.int32:
-    raise ValueError(f"all_to_all needs int32 addresses, got {address_MA.dtype}: cast")
+  for name, array in (("addresses", address_MA), ("sources", source_M)):
+    if array is not None and array.dtype != jnp.int32:
+      raise ValueError(f"all_to_all needs int32 {name}, got {array.dtype}: cast them")

@@ -16,7 +16,7 @@ buffer. So every device of the mesh must come to this call, on the axis or not.
 Works among GPUs of one process, with rows of whole 16 bytes. NVLink multicast is not
 used.
 
-Shape suffixes: M source rows, A copies of a row, C rows received, W width of a row.
+Shape suffixes: M entries, A copies of a row, C rows received, W width of a row.
 """
 
 import dataclasses
@@ -39,8 +39,8 @@ _COPY_BYTES = 16
 class Layout:
   """How many SMs send, rings of each, and at most how many rows each ring holds."""
 
-  sms: int = 20
-  rings: int = 2
+  sms: int = 16
+  rings: int = 4
   stages: int = 16
 
   def fit(self, row_bytes: int) -> int:
@@ -68,6 +68,7 @@ def send_rows(
   received: jax.Array,
   rows: int,
   axis: str,
+  source_M: jax.Array | None = None,
   layout: Layout | None = None,
   interpret=None,
 ) -> list[jax.Array]:
@@ -79,6 +80,7 @@ def send_rows(
   layout = layout or Layout()
   flat = [value.reshape(value.shape[0], -1) for value in values]
   stages = layout.fit(sum(_row_bytes(value) for value in flat))
+  sources = [] if source_M is None else [source_M]
   run = plgpu.kernel(
     functools.partial(_send, len(flat), layout, stages, rows, axis),
     out_type=[jax.ShapeDtypeStruct((rows, v.shape[1]), v.dtype) for v in flat],
@@ -93,14 +95,14 @@ def send_rows(
     thread_name="warpgroup",
     interpret=interpret,
   )
-  sent = run(*flat, address_MA, count.reshape(1))
+  sent = run(*flat, count.reshape(1), address_MA, *sources)
   return [out.reshape(rows, *value.shape[1:]) for out, value in zip(sent, values)]
 
 
 def _send(n_values, layout, stages, rows, axis, *refs):
   """The kernel, as a warpgroup runs it: even ones fill rings, odd ones empty them."""
-  value_refs, (address_ref, count_ref) = refs[:n_values], refs[n_values : n_values + 2]
-  out_refs, (slots, filled, free) = refs[n_values + 2 : -3], refs[-3:]
+  value_refs, (count_ref, *table_refs) = refs[:n_values], refs[n_values : -n_values - 3]
+  out_refs, (slots, filled, free) = refs[-n_values - 3 : -3], refs[-3:]
   landed = pl.get_global(plgpu.SemaphoreType.REGULAR)
   warpgroup = lax.axis_index("warpgroup")
   ring = lax.div(warpgroup, 2)
@@ -145,7 +147,8 @@ def _send(n_values, layout, stages, rows, axis, *refs):
     pl.when(step >= lag)(lambda: plgpu.barrier_arrive(barrier(free, step - lag)))
 
   def walk(visit):
-    return _each_row(address_ref, count_ref[0], sender, senders, visit)
+    parts = lax.axis_size(axis)
+    return _each_row(table_refs, count_ref[0], sender, senders, parts, visit)
 
   @pl.when(lax.rem(warpgroup, 2) == 0)
   def copy_in():
@@ -175,27 +178,37 @@ def _send(n_values, layout, stages, rows, axis, *refs):
       pl.semaphore_wait(landed, ranks * senders)
 
 
-def _each_row(address_ref, count, first, stride, visit):
+def _each_row(table_refs, count, sender, senders, parts, visit):
   """visit(step, row, addresses) for each row that goes anywhere; returns their number.
 
-  The addresses of a row are loaded while the one before it is visited.
+  Entries below `count` are cut into parts, one a rank, which a sender takes in turns:
+  rows on their way home stand by rank, and all links are to be busy at once. An entry
+  is looked up while the one before it is visited.
   """
-  tokens, copies = address_ref.shape
+  address_ref, *source_ref = table_refs
+  entries, copies = address_ref.shape
+  part_size = lax.div(count + parts - 1, parts)
 
-  def addresses_of(row):
-    row = jnp.minimum(row, tokens - 1)
-    return tuple(address_ref[row, a] for a in range(copies))
+  def look_up(i):
+    part = lax.rem(i + sender, parts)
+    within = sender + lax.div(i, parts) * senders
+    entry = part * part_size + within
+    mine = (within < part_size) & (entry < count)
+    entry = jnp.minimum(entry, entries - 1)
+    row = source_ref[0][entry] if source_ref else entry
+    addresses = (address_ref[entry, a] for a in range(copies))
+    return row, tuple(jnp.where(mine, address, -1) for address in addresses)
 
   def visit_row(i, carry):
-    step, addresses = carry
-    row = first + i * stride
-    following = addresses_of(row + stride)
+    step, row, addresses = carry
+    following = look_up(i + 1)
     needed = functools.reduce(jnp.maximum, addresses) >= 0
     pl.when(needed)(lambda: visit(step, row, addresses))
-    return step + needed.astype(jnp.int32), following
+    return step + needed.astype(jnp.int32), *following
 
-  n = lax.div(jnp.maximum(count - first, 0) + stride - 1, stride)
-  return lax.fori_loop(0, n, visit_row, (jnp.int32(0), addresses_of(first)))[0]
+  n = parts * lax.div(jnp.maximum(part_size - sender, 0) + senders - 1, senders)
+  first = (jnp.int32(0), *look_up(jnp.int32(0)))
+  return lax.fori_loop(0, n, visit_row, first)[0]
 
 
 def _row_bytes(value: jax.Array) -> int:

@@ -3,7 +3,7 @@
 The meaning of the operation, on any platform. Each rank has room for `pair_rows` rows
 for each other rank, used or not, and the row that each goes to travels beside it.
 
-Shape suffixes: M source rows, A copies of a row, N ranks, S slots for one rank, C rows
+Shape suffixes: M entries, A copies of a row, N ranks, S slots for one rank, C rows
 received.
 """
 
@@ -21,13 +21,14 @@ def send_rows(
   received: jax.Array,
   rows: int,
   axis: str,
+  source_M: jax.Array | None = None,
 ) -> list[jax.Array]:
   """As `kernels_pallas.all_to_all.send_rows`; rows that nobody sends to are 0."""
   del received
   ranks = lax.axis_size(axis)
-  tokens = address_MA.shape[0]
-  token_M1 = jnp.arange(tokens, dtype=jnp.int32)[:, None]
-  address_MA = jnp.where(token_M1 < count, address_MA, -1)
+  entry_M = jnp.arange(len(address_MA), dtype=jnp.int32)
+  source_M = entry_M if source_M is None else source_M
+  address_MA = jnp.where(entry_M[:, None] < count, address_MA, -1)
   rank_MA = jnp.where(address_MA < 0, ranks, address_MA // rows)
   slots = min(address_MA.size, rows)  # no more rows can find room on one rank
   rank_P = rank_MA.reshape(-1)
@@ -45,7 +46,7 @@ def send_rows(
     out_NSW = lax.all_to_all(x_NSW, axis, 0, 0)
     return out_NSW.reshape(ranks * slots, *x_NSW.shape[2:])
 
-  source_NS = in_shares(token_M1, tokens)
+  source_NS = in_shares(source_M[:, None], len(values[0]))
   target_Z = exchange(in_shares(address_MA % rows, rows))
 
   def send(value_MW):

@@ -10,7 +10,7 @@ Static shapes bound the buffers. What exceeds a bound is not sent, and `overflow
 so, on every rank alike.
 
 Shape suffixes: M tokens, A copies of a token at most, N ranks, L bins of one rank,
-B = N x L bins, C rows of a receive buffer, P rows of a home buffer.
+B = N x L bins, C rows of a receive buffer, R rows that go home from one rank at most.
 """
 
 import dataclasses
@@ -30,13 +30,20 @@ class Route:
 
   address_MA: jax.Array  # of each copy, in the receive buffers
   home_MA: jax.Array  # row of each copy in this rank's home buffer, -1 for none
-  return_C: jax.Array  # address of each received row, in the home buffers
+  return_R: jax.Array  # address, in the home buffers, of what goes home from here
+  source_R: jax.Array | None  # its row in the receive buffer; None: row by row
   counts_L: jax.Array  # rows received in each bin of this rank
   counts_NB: jax.Array  # rows that each rank has for each bin, bounds ignored
   overflow: jax.Array  # bool: some rank's bound was exceeded
   rows: int = dataclasses.field(metadata={"static": True})  # of a receive buffer
   home_rows: int = dataclasses.field(metadata={"static": True})
   axis: str = dataclasses.field(metadata={"static": True})
+
+  def is_filled(self) -> jax.Array:
+    """[C] bool: whether a row of the receive buffer holds anything."""
+    bins = self.counts_L.shape[0]
+    row = jnp.arange(self.rows // bins)
+    return (row < self.counts_L[:, None]).reshape(-1)
 
 
 def plan_ranks(
@@ -104,15 +111,17 @@ def _plan(bins_MA, local, bin_rows, home_rows, axis) -> Route:
   home_MA = jnp.where(valid_MA & (home_MA < home_rows), home_MA, -1)
 
   mine = me * local + jnp.arange(local)
-  before_NL, counts_NL = before_NB[:, mine], counts_NB[:, mine]
-  total_L = counts_NL.sum(0, dtype=jnp.int32)
+  counts_L = jnp.minimum(counts_NB[:, mine].sum(0, dtype=jnp.int32), bin_rows)
+  most = min(rows, ranks * bins_MA.shape[0] * min(bins_MA.shape[1], local))
+  return_R, source_R = _way_home(
+    before_NB[:, mine], counts_L, home_start_NB[:, mine], bin_rows, home_rows, most
+  )
   return Route(
     address_MA=address_MA,
     home_MA=home_MA,
-    return_C=_return(
-      before_NL, total_L, home_start_NB[:, mine], bin_rows, home_rows
-    ).reshape(-1),
-    counts_L=jnp.minimum(total_L, bin_rows),
+    return_R=return_R,
+    source_R=source_R if local > 1 else None,
+    counts_L=counts_L,
     counts_NB=counts_NB,
     overflow=(counts_NB.sum(0) > bin_rows).any() | (counts_NB.sum(1) > home_rows).any(),
     rows=rows,
@@ -121,14 +130,15 @@ def _plan(bins_MA, local, bin_rows, home_rows, axis) -> Route:
   )
 
 
-def _return(before_NL, total_L, home_start_NL, bin_rows, home_rows):
-  """Home address of each row of each local bin."""
-  row = jnp.arange(bin_rows, dtype=jnp.int32)
-
-  def of_bin(before_N, total, home_start_N):
-    source = jnp.searchsorted(before_N, row, side="right", method="compare_all") - 1
-    place = home_start_N[source] + row - before_N[source]
-    known = (row < total) & (place < home_rows)
-    return jnp.where(known, source * home_rows + place, -1).astype(jnp.int32)
-
-  return jax.vmap(of_bin, in_axes=(1, 0, 1))(before_NL, total_L, home_start_NL)
+def _way_home(before_NL, counts_L, home_start_NL, bin_rows, home_rows, most):
+  """Home address and row of everything received here, bin after bin without gaps."""
+  j_R = jnp.arange(most, dtype=jnp.int32)
+  end_L = jnp.cumsum(counts_L, dtype=jnp.int32)
+  bin_R = jnp.searchsorted(end_L, j_R, side="right", method="compare_all")
+  bin_R = jnp.minimum(bin_R, end_L.shape[0] - 1).astype(jnp.int32)
+  within_R = j_R - (end_L - counts_L)[bin_R]
+  rank_R = (before_NL.T[bin_R] <= within_R[:, None]).sum(1, dtype=jnp.int32) - 1
+  place_R = home_start_NL[rank_R, bin_R] + within_R - before_NL[rank_R, bin_R]
+  known_R = (j_R < end_L[-1]) & (place_R < home_rows)
+  address_R = jnp.where(known_R, rank_R * home_rows + place_R, -1)
+  return address_R, jnp.where(known_R, bin_R * bin_rows + within_R, 0)

@@ -107,7 +107,7 @@ def plan(experts, ranks, rows=None, home_rows=None):
 
 def poison(y_CD, route):
   """NaN in every row that nobody sent."""
-  return jnp.where(route.return_C[:, None] < 0, jnp.nan, y_CD)
+  return jnp.where(route.is_filled()[:, None], y_CD, jnp.nan)
 
 
 def there_and_back(impl, ranks, x, experts):
@@ -158,7 +158,7 @@ def gradients(impl, ranks, x, experts):
   (dx,) = pull(g)
   out, push = jax.vjp(lambda y: a2a.combine(y, route, impl), g)
   (dg,) = push(x)
-  known = route.return_C[:, None] >= 0
+  known = route.is_filled()[:, None]
   sums = [jnp.where(known, y * g, 0).sum(), (x * dx).sum()]
   sums += [(out * x).sum(), jnp.where(known, g * dg, 0).sum()]
   zeros = [abs(dx - out).max(), abs(dg - jnp.where(known, y, 0)).max()]
@@ -300,7 +300,8 @@ def test_axes_beside_it_are_kept_apart(impl):
   x = tokens_of(2 * ranks)
   experts = np.concatenate([choices(kind, ranks) for kind in ("uniform", "empty")])
   y, _, _, same, counts, *_ = jax.jit(run)(x, experts)
-  np.testing.assert_array_equal(same, np.asarray(x) * copies_of(experts))
+  want = (np.asarray(x, np.float64) * copies_of(experts)).astype(np.float32)
+  np.testing.assert_array_equal(same, want)
   y, half = np.asarray(y).reshape(2, ranks, ranks * M, D), ranks * M
   for i in range(2):
     mine = slice(i * half, (i + 1) * half)
@@ -323,6 +324,10 @@ def test_refusals():
     send([x, x[:3]], address)
   with pytest.raises(ValueError, match="int32 addresses, got float32"):
     send([x], address.astype(jnp.float32))
+  with pytest.raises(ValueError, match=r"as many as addresses, .* sources \(3,\)"):
+    send([x], address, source_M=jnp.zeros(3, jnp.int32))
+  with pytest.raises(ValueError, match="int32 sources, got uint8"):
+    send([x], address, source_M=jnp.zeros(4, jnp.uint8))
 
 
 def test_addresses_that_do_not_fit_int32_are_refused():

@@ -62,14 +62,49 @@ def test_rings_interpreted(one_rank, tokens, count, copies, layout):
     layout=layout,
     interpret=plgpu.InterpretGPUParams(detect_races=True),
   )
-  run = jax.shard_map(
-    send, mesh=mesh_of(1), in_specs=P(), out_specs=P(), check_vma=False
-  )
-  outs = jax.jit(run)(values, jnp.asarray(address, jnp.int32))
-  for out, value in zip(outs, values):
-    for m in range(count):
-      for row in address[m][address[m] >= 0]:
-        np.testing.assert_array_equal(out[row], value[m])
+
+  def run(values, address, source_M=None):
+    body = functools.partial(send, source_M=source_M)
+    return jax.shard_map(
+      body, mesh=mesh_of(1), in_specs=P(), out_specs=P(), check_vma=False
+    )(values, address)
+
+  address = jnp.asarray(address, jnp.int32)
+  source = np.asarray(rng.integers(0, tokens, size=tokens), np.int32)
+  plain = jax.jit(run)(values, address)
+  indirect = jax.jit(functools.partial(run, source_M=source))(values, address)
+  for outs, rows_of in ((plain, np.arange(tokens)), (indirect, source)):
+    for out, value in zip(outs, values):
+      for m in range(count):
+        for row in address[m][address[m] >= 0]:
+          np.testing.assert_array_equal(out[row], value[rows_of[m]])
+
+
+@pytest.mark.parametrize(
+  ("count", "senders", "parts"),
+  [(11, 2, 1), (17, 3, 2), (40, 4, 8), (3, 5, 2), (0, 2, 2)],
+)
+def test_senders_share_entries_out(count, senders, parts):
+  """Each entry below the count once, and each sender begins with another part."""
+  addresses = jnp.arange(48, dtype=jnp.int32).reshape(48, 1)
+  visited, first = [], []
+  with jax.disable_jit():
+    for sender in range(senders):
+      rows = []
+      steps = gpu._each_row(
+        [addresses],
+        jnp.int32(count),
+        jnp.int32(sender),
+        senders,
+        parts,
+        lambda step, row, addresses, rows=rows: rows.append((int(step), int(row))),
+      )
+      assert [step for step, _ in rows] == list(range(int(steps)))
+      visited += [row for _, row in rows]
+      first += [row // -(-count // parts) for _, row in rows[:1]]
+  assert sorted(visited) == list(range(count))
+  if count >= senders * parts:
+    assert first == [sender % parts for sender in range(senders)]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 8])
@@ -91,8 +126,8 @@ def test_lowers_for_cuda(ranks):
     )
     home = gpu.send_rows(
       [y],
-      route.return_C[:, None],
-      a2a.last_row(route),
+      route.return_R[:, None],
+      route.counts_L.sum(),
       jnp.int32(0),
       route.home_rows,
       AXIS,
