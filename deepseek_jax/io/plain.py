@@ -3,6 +3,9 @@
 import dataclasses
 from typing import Any
 
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.dense_config import DenseConfig
+
 
 def to_dict(config: Any) -> dict[str, Any]:
   """A dataclass config as nested plain dicts; tuples stay tuples."""
@@ -16,9 +19,13 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(kind: type, values: dict[str, Any]) -> Any:
   """The inverse of `to_dict`; lists become tuples.
 
+  Where a `ModelConfig` is asked for, fields that only a `DenseConfig` has make one.
+
   Raises:
     ValueError: a key that `kind` does not have, or a value that it refuses.
   """
+  if kind is ModelConfig and "n_kv_heads" in values:
+    kind = DenseConfig
   fields = {f.name: f for f in dataclasses.fields(kind)}
   unknown = sorted(set(values) - set(fields))
   if unknown:
