@@ -120,9 +120,9 @@ def fp8_matmul_dw(
   if module is reference:
     return reference.multiply_tokens(a_IM, sa_mI, b_JM, sb_mJ, c_IJ)
   c_1IJ = None if c_IJ is None else c_IJ[None]
-  return module.multiply_tokens(
-    a_IM, sa_mI, b_JM, sb_mJ, c_EIJ=c_1IJ, num_sms=num_sms
-  )[0]
+  return module.multiply_tokens(a_IM, sa_mI, b_JM, sb_mJ, c_EIJ=c_1IJ, num_sms=num_sms)[
+    0
+  ]
 
 
 def blocks(size: int) -> int:
@@ -143,8 +143,7 @@ def check_scales(op: str, name: str, scales: jax.Array, shape: tuple[int, ...]) 
   """Raises where scales (or sums) are not FP32 of this shape."""
   if scales.dtype != jnp.float32 or scales.shape != shape:
     raise ValueError(
-      f"{op} needs {name} float32{list(shape)}, "
-      f"got {scales.dtype}{list(scales.shape)}"
+      f"{op} needs {name} float32{list(shape)}, got {scales.dtype}{list(scales.shape)}"
     )
 
 

@@ -7,7 +7,8 @@ terms in another order: 128 of them unscaled, then scaled.
 cores do when they are left to accumulate by themselves (DeepSeek-V3 report, 3.3.2).
 
 Shapes: M rows (tokens), K contraction, N output; I and J the two outputs of a weight
-gradient; a lower-case letter is that dimension / 128, rounded up.
+gradient; a lower-case letter is that dimension / 128, rounded up; T terms and D depth of one
+tensor-core instruction.
 """
 
 import jax
@@ -61,45 +62,46 @@ def multiply_14_bit(
   *,
   promote_every: int | None = None,
   bits: int = 14,
-  acc_MN: jax.Array | None = None,
+  align_products: bool = True,
 ) -> jax.Array:
   """a b^T of FP32 operands as Hopper's FP8 tensor cores accumulate, emulated.
 
-  The tensor cores align the addends of an instruction to the largest exponent among
-  them and keep about 14 bits. Here the 32 products of an instruction are summed
-  exactly, then their sum and the accumulator are truncated so. Left out: the
-  alignment of the 32 products among themselves.
+  An instruction adds 32 products to the accumulator: all are aligned to the largest
+  exponent among them and cut to about 14 bits (truncated), then summed.
 
   Args:
     a_MK, b_NK: dequantised operands, FP32.
     promote_every: after so many terms the accumulator is added to an FP32 sum and
       starts afresh, as DeepSeek does every 128; None for never.
-    bits: significant bits that the accumulator keeps.
-    acc_MN: what the accumulator starts from, None for zeros.
+    bits: significant bits that alignment keeps.
+    align_products: False cuts the sum of the 32 products instead of each, which costs
+      32 times less memory and time and loses less than the hardware does.
   """
   (m, k), n = a_MK.shape, b_NK.shape[0]
   padding = ((0, 0), (0, -k % _WGMMA_DEPTH))
-  a_sMK = jnp.pad(a_MK, padding).reshape(m, -1, _WGMMA_DEPTH).swapaxes(0, 1)
-  b_sNK = jnp.pad(b_NK, padding).reshape(n, -1, _WGMMA_DEPTH).swapaxes(0, 1)
+  a_sMD = jnp.pad(a_MK, padding).reshape(m, -1, _WGMMA_DEPTH).swapaxes(0, 1)
+  b_sND = jnp.pad(b_NK, padding).reshape(n, -1, _WGMMA_DEPTH).swapaxes(0, 1)
   every = (promote_every or k + _WGMMA_DEPTH) // _WGMMA_DEPTH
 
   def instruction(carry, operands):
     sum_MN, acc_MN = carry
-    s, a_MK, b_NK = operands
-    dot_MN = jnp.dot(a_MK, b_NK.T, precision=lax.Precision.HIGHEST)
-    largest_MN = jnp.maximum(jnp.abs(acc_MN), jnp.abs(dot_MN))
-    unit_MN = jnp.exp2(jnp.floor(jnp.log2(largest_MN)) - (bits - 1))
-    unit_MN = jnp.where(largest_MN > 0, unit_MN, 1)
-    acc_MN = (jnp.trunc(acc_MN / unit_MN) + jnp.trunc(dot_MN / unit_MN)) * unit_MN
+    s, a_MD, b_ND = operands
+    if align_products:
+      terms_TMN = jnp.einsum("md,nd->dmn", a_MD, b_ND)
+    else:
+      terms_TMN = jnp.dot(a_MD, b_ND.T, precision=lax.Precision.HIGHEST)[None]
+    terms_TMN = jnp.concatenate([terms_TMN, acc_MN[None]])
+    largest_MN = jnp.abs(terms_TMN).max(0)
+    exponent_MN = jnp.frexp(largest_MN)[1]  # largest < 2^exponent
+    unit_MN = jnp.ldexp(jnp.ones_like(largest_MN), exponent_MN - bits)
+    acc_MN = jnp.trunc(terms_TMN / unit_MN).sum(0) * unit_MN
     promote = (s + 1) % every == 0
     sum_MN = jnp.where(promote, sum_MN + acc_MN, sum_MN)
     return (sum_MN, jnp.where(promote, 0, acc_MN)), None
 
   zero_MN = jnp.zeros((m, n), jnp.float32)
-  steps, start_MN = jnp.arange(len(a_sMK)), zero_MN if acc_MN is None else acc_MN
-  (sum_MN, acc_MN), _ = lax.scan(
-    instruction, (zero_MN, start_MN), (steps, a_sMK, b_sNK)
-  )
+  steps = jnp.arange(len(a_sMD))
+  (sum_MN, acc_MN), _ = lax.scan(instruction, (zero_MN, zero_MN), (steps, a_sMD, b_sND))
   return sum_MN + acc_MN
 
 
