@@ -35,6 +35,7 @@ dtype do not suit that):
 | name | runs on | what |
 |---|---|---|
 | reference | everywhere | plain jnp: the meaning, and what CPU runs |
+| gpu | NVIDIA Hopper | Mosaic GPU kernels, BF16; E5M6 is left to XLA |
 
 Shapes: M rows, K columns, E experts, N columns of a weight, Z dispatched rows, F
 hidden; a lower-case letter is that dimension divided by 128, rounded up; P = 3 K / 8.
@@ -70,7 +71,7 @@ __all__ = [
 ]
 
 _E4M3 = jnp.float8_e4m3fn
-_BY_PLATFORM = {"cpu": "reference", "gpu": "reference", "tpu": "reference"}
+_BY_PLATFORM = {"cpu": "reference", "gpu": "gpu", "tpu": "reference"}
 _PORTABLE = ("reference",)
 
 
@@ -109,7 +110,7 @@ def quantize_rows(
     ValueError: x is no matrix of BF16 or FP32, or impl cannot do this here.
   """
   _check(x_MK, "quantize_rows")
-  module = _implementation(impl)
+  module = _implementation(impl, x_MK)
   return module.quantize_rows(x_MK, power_of_two, dtype, rows)
 
 
@@ -123,7 +124,7 @@ def quantize_columns(
 ) -> Quantized:
   """Quantises by 128x1 tiles and transposes: q_KM, s_mK. Else as quantize_rows."""
   _check(x_MK, "quantize_columns")
-  module = _implementation(impl)
+  module = _implementation(impl, x_MK, by_rows=False, by_columns=True)
   return module.quantize_columns(x_MK, power_of_two, dtype, rows)
 
 
@@ -137,7 +138,7 @@ def quantize_both(
 ) -> tuple[Quantized, Quantized]:
   """quantize_rows and quantize_columns: (q_MK, s_kM), (q_KM, s_mK)."""
   _check(x_MK, "quantize_both")
-  module = _implementation(impl)
+  module = _implementation(impl, x_MK, by_columns=True)
   return module.quantize_both(x_MK, power_of_two, dtype, rows)
 
 
@@ -158,7 +159,7 @@ def requantize_columns(
   Returns:
     q_KM, s_mK.
   """
-  module = _implementation(impl)
+  module = _implementation(impl, q_MK, by_rows=False, by_columns=True)
   return module.requantize_columns(q_MK, s_kM, power_of_two, dtype, rows)
 
 
@@ -178,12 +179,9 @@ def quantize_blocks(
     (q_KN, s_kn), (q_NK, s_nk); the second is the transpose of the first. With a leading
     E where w has it.
   """
-  if w_KN.ndim == 3:
-    return jax.vmap(
-      lambda w: quantize_blocks(w, power_of_two=power_of_two, dtype=dtype, impl=impl)
-    )(w_KN)
-  _check(w_KN, "quantize_blocks")
-  return _implementation(impl).quantize_blocks(w_KN, power_of_two, dtype)
+  _check(w_KN[0] if w_KN.ndim == 3 else w_KN, "quantize_blocks")
+  module = _implementation(impl, w_KN, by_columns=True)
+  return module.quantize_blocks(w_KN, power_of_two, dtype)
 
 
 def quantize_tensor(
@@ -241,7 +239,7 @@ def swiglu_quantize(
     (q_ZF, s_fZ), or with `both` that and (q_FZ, s_zF).
   """
   _check_swiglu(h_Z2F, gate_Z, None)
-  module = _implementation(impl)
+  module = _implementation(impl, _codes_of(h_Z2F), by_columns=both, halves=True)
   return module.swiglu_quantize(h_Z2F, gate_Z, both, power_of_two, dtype, rows)
 
 
@@ -267,7 +265,8 @@ def swiglu_quantize_backward(
     power_of_two, dtype, rows, impl: as in quantize_rows; rows not valid get dgate 0.
   """
   _check_swiglu(h_Z2F, gate_Z, dy_ZF)
-  gradients = _implementation(impl).swiglu_quantize_backward(
+  module = _implementation(impl, _codes_of(h_Z2F), dy_ZF, by_columns=True, halves=True)
+  gradients = module.swiglu_quantize_backward(
     h_Z2F, gate_Z, dy_ZF, with_y, with_dh, power_of_two, dtype, rows
   )
   return SwigluGradients(*gradients)
@@ -290,7 +289,8 @@ def pack_e5m6(x_MK: jax.Array, *, impl: str | None = None) -> Quantized:
   _check(x_MK, "pack_e5m6")
   if x_MK.shape[1] % 8:
     raise ValueError(f"pack_e5m6 needs K a multiple of 8, got {x_MK.shape[1]}")
-  return _implementation(impl).pack_e5m6(x_MK)
+  choose("pack_e5m6", impl, dict.fromkeys(_BY_PLATFORM, "reference"), _PORTABLE)
+  return reference.pack_e5m6(x_MK)
 
 
 def unpack_e5m6(
@@ -300,10 +300,27 @@ def unpack_e5m6(
   return reference.unpack_e5m6(p_MP, s_kM).astype(dtype)
 
 
-def _implementation(impl: str | None):
-  """The module behind a name; kernels are imported when first asked for."""
-  choose("quantize", impl, _BY_PLATFORM, _PORTABLE)
-  return reference
+def _implementation(impl: str | None, *matrices: jax.Array, **needs: bool):
+  """The module behind a name, if it takes these; kernels are imported when asked for.
+
+  Raises:
+    ValueError: a named implementation that does not take them.
+  """
+  name = choose("quantize", impl, _BY_PLATFORM, _PORTABLE)
+  if name == "reference":
+    return reference
+  from kernels_pallas.quantize import gpu
+
+  reason = gpu.unsupported(*matrices, **needs)
+  if reason is None:
+    return gpu
+  if impl is None:
+    return reference
+  raise ValueError(f"quantize: impl={impl!r} {reason}, or pass impl='reference'")
+
+
+def _codes_of(h: jax.Array | Quantized) -> jax.Array:
+  return h[0] if isinstance(h, tuple) else h
 
 
 def _check(x: jax.Array, name: str) -> None:
@@ -314,7 +331,7 @@ def _check(x: jax.Array, name: str) -> None:
 
 
 def _check_swiglu(h: jax.Array | Quantized, gate, dy) -> None:
-  codes = h[0] if isinstance(h, tuple) else h
+  codes = _codes_of(h)
   if codes.ndim != 2 or codes.shape[1] % 2:
     raise ValueError(f"swiglu_quantize needs h [Z, 2F], got {list(codes.shape)}")
   Z, F = codes.shape[0], codes.shape[1] // 2

@@ -21,8 +21,8 @@ def quantize_rows(
   x_MK: jax.Array, power_of_two: bool, dtype: jax.typing.DTypeLike, rows=None
 ) -> Quantized:
   x_MkL = _tiles(_valid(x_MK, rows))
-  s_Mk = _scales(_amax(x_MkL, -1), float(jnp.finfo(dtype).max), power_of_two)
-  q_MkL = _codes(x_MkL, s_Mk[..., None], dtype)
+  s_Mk = scales(amax(x_MkL, -1), float(jnp.finfo(dtype).max), power_of_two)
+  q_MkL = codes(x_MkL, s_Mk[..., None], dtype)
   return q_MkL.reshape(x_MK.shape[0], -1)[:, : x_MK.shape[1]], s_Mk.T
 
 
@@ -38,19 +38,21 @@ def quantize_both(x_MK, power_of_two, dtype, rows=None) -> tuple[Quantized, Quan
 
 
 def quantize_blocks(w_KN, power_of_two, dtype) -> tuple[Quantized, Quantized]:
+  if w_KN.ndim == 3:  # [E, K, N]
+    return jax.vmap(lambda w: quantize_blocks(w, power_of_two, dtype))(w_KN)
   K, N = w_KN.shape
   w_KN = jnp.pad(w_KN.astype(jnp.float32), [(0, -K % TILE), (0, -N % TILE)])
   k, n = w_KN.shape[0] // TILE, w_KN.shape[1] // TILE
   w_kLnL = w_KN.reshape(k, TILE, n, TILE)
-  s_kn = _scales(_amax(w_kLnL, (1, 3)), float(jnp.finfo(dtype).max), power_of_two)
-  q_KN = _codes(w_kLnL, s_kn[:, None, :, None], dtype).reshape(w_KN.shape)[:K, :N]
+  s_kn = scales(amax(w_kLnL, (1, 3)), float(jnp.finfo(dtype).max), power_of_two)
+  q_KN = codes(w_kLnL, s_kn[:, None, :, None], dtype).reshape(w_KN.shape)[:K, :N]
   return (q_KN, s_kn), (q_KN.T, s_kn.T)
 
 
 def quantize_tensor(x: jax.Array, power_of_two, dtype) -> Quantized:
   x = x.astype(jnp.float32)
-  s = _scales(_amax(x, None), float(jnp.finfo(dtype).max), power_of_two)
-  return _codes(x, s, dtype), s
+  s = scales(amax(x, None), float(jnp.finfo(dtype).max), power_of_two)
+  return codes(x, s, dtype), s
 
 
 def dequantize_rows(q_MK: jax.Array, s_kM: jax.Array) -> jax.Array:
@@ -124,7 +126,7 @@ def swiglu_quantize_backward(
 
 def pack_e5m6(x_MK: jax.Array) -> Quantized:
   x_MkL = _tiles(x_MK.astype(jnp.float32))
-  s_Mk = _scales(_amax(x_MkL, -1), E5M6_MAX, power_of_two=True)
+  s_Mk = scales(amax(x_MkL, -1), E5M6_MAX, power_of_two=True)
   c_MkL = _e5m6_codes(x_MkL / s_Mk[..., None])  # exact: s is a power of two
   c_MK = c_MkL.reshape(x_MK.shape[0], -1)[:, : x_MK.shape[1]]
   return _pack_12_bits(c_MK), s_Mk.T
@@ -155,28 +157,29 @@ def _tiles(x: jax.Array) -> jax.Array:
   return jnp.pad(x, padding).reshape(*x.shape[:-1], -1, TILE)
 
 
-def _amax(x: jax.Array, axis) -> jax.Array:
+def amax(x: jax.Array, axis) -> jax.Array:
   """The largest magnitude, or NaN. Magnitudes order as their bits do, and NaN comes
   last; XLA's own maximum of floats can lose it on CPU."""
   magnitude = jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
   return jax.lax.bitcast_convert_type(magnitude.max(axis), jnp.float32)
 
 
-def _scales(amax: jax.Array, largest: float, power_of_two: bool) -> jax.Array:
-  s = _divide(jnp.maximum(amax, MIN_AMAX), jnp.float32(largest))
+def scales(magnitude: jax.Array, limit: float, power_of_two: bool) -> jax.Array:
+  """Scales of tiles of this largest magnitude, for a format whose largest is limit."""
+  s = divide(jnp.maximum(magnitude, MIN_AMAX), jnp.float32(limit))
   if power_of_two:  # up to the next one: a mantissa that is not 0 carries over
     bits = jax.lax.bitcast_convert_type(s, jnp.int32)
     bits = (bits + 0x7FFFFF) & 0x7F800000
     s = jax.lax.bitcast_convert_type(bits, jnp.float32)
-  return jnp.where(jnp.isfinite(amax), s, jnp.nan)
+  return jnp.where(magnitude < jnp.inf, s, jnp.nan)
 
 
-def _codes(x: jax.Array, s: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+def codes(x: jax.Array, s: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
   largest = float(jnp.finfo(dtype).max)  # JAX casts what lies far above it to NaN
-  return jnp.clip(_divide(x, s), -largest, largest).astype(dtype)
+  return jnp.clip(divide(x, s), -largest, largest).astype(dtype)
 
 
-def _divide(a: jax.Array, b: jax.Array) -> jax.Array:
+def divide(a: jax.Array, b: jax.Array) -> jax.Array:
   """a / b, rounded once.
 
   XLA turns a division by a broadcast value into a product with its reciprocal, whose

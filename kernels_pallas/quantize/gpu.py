@@ -1,0 +1,164 @@
+"""Quantisation on NVIDIA Hopper: what `gpu_tiles` writes for each operation.
+
+Takes BF16. K and M are multiples of 16 where codes are written along them (TMA), F of
+SwiGLU of 128. What is left to XLA: FP32 inputs, E5M6, and dh unquantised.
+
+Shapes: M rows, K columns, Z dispatched rows, F hidden; a lower-case letter is that
+dimension divided by 128, rounded up.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.quantize import gpu_blocks, reference
+from kernels_pallas.quantize.gpu_tiles import Direction, quantize_tiles
+from kernels_pallas.quantize.reference import TILE, Quantized
+
+_ALIGNMENT = 16  # bytes, of what TMA strides over: codes of one byte
+_LOG2_E = 1.4426950408889634
+
+
+def unsupported(
+  *matrices, by_rows: bool = True, by_columns: bool = False, halves: bool = False
+) -> str | None:
+  """Why these kernels cannot quantise these matrices so, or None when they can."""
+  for x in matrices:
+    if x.dtype != jnp.bfloat16:
+      return f"takes bfloat16, got {x.dtype}: cast it"
+  M, K = matrices[0].shape[-2:]
+  if halves and K % (2 * TILE):
+    return f"needs F a multiple of {TILE}, got F={K // 2}"
+  if K % (_ALIGNMENT if by_rows else 8):
+    return f"needs a number of columns that is a multiple of {_ALIGNMENT}, got {K}"
+  if by_columns and M % _ALIGNMENT:
+    return f"needs a number of rows that is a multiple of {_ALIGNMENT}, got {M}"
+  return None
+
+
+def _plain(tiles, gate):
+  del gate
+  return tiles, None
+
+
+_PLAIN = Direction(((_plain, 1),))
+
+
+def _quantize(x_MK, by_rows, by_columns, power_of_two, dtype, rows, interpret):
+  q_rows, q_columns, _ = quantize_tiles(
+    [(x_MK, 0)],
+    None,
+    rows,
+    by_rows,
+    by_columns,
+    columns=x_MK.shape[1],
+    power_of_two=power_of_two,
+    dtype=dtype,
+    interpret=interpret,
+  )
+  return q_rows + q_columns
+
+
+def quantize_rows(x_MK, power_of_two, dtype, rows=None, interpret=None) -> Quantized:
+  [out] = _quantize(x_MK, _PLAIN, None, power_of_two, dtype, rows, interpret)
+  return out
+
+
+def quantize_columns(x_MK, power_of_two, dtype, rows=None, interpret=None) -> Quantized:
+  [out] = _quantize(x_MK, None, _PLAIN, power_of_two, dtype, rows, interpret)
+  return out
+
+
+def quantize_both(
+  x_MK, power_of_two, dtype, rows=None, interpret=None
+) -> tuple[Quantized, Quantized]:
+  by_rows, by_columns = _quantize(
+    x_MK, _PLAIN, _PLAIN, power_of_two, dtype, rows, interpret
+  )
+  return by_rows, by_columns
+
+
+def quantize_blocks(
+  w, power_of_two, dtype, interpret=None
+) -> tuple[Quantized, Quantized]:
+  """Of one weight [K, N], or of [E, K, N]."""
+  w_EKN = w if w.ndim == 3 else w[None]
+  out = gpu_blocks.quantize_blocks(w_EKN, power_of_two, dtype, interpret)
+  return out if w.ndim == 3 else jax.tree.map(lambda a: a[0], out)
+
+
+def swiglu_quantize(
+  h_Z2F, gate_Z, both: bool, power_of_two, dtype, rows=None, interpret=None
+) -> Quantized | tuple[Quantized, Quantized]:
+  F = h_Z2F.shape[1] // 2
+  direction = Direction(((_swiglu, 1),))
+  q_rows, q_columns, _ = quantize_tiles(
+    [(h_Z2F, 0), (h_Z2F, F // TILE)],
+    gate_Z,
+    rows,
+    direction,
+    direction if both else None,
+    columns=F,
+    power_of_two=power_of_two,
+    dtype=dtype,
+    interpret=interpret,
+  )
+  return (q_rows[0], q_columns[0]) if both else q_rows[0]
+
+
+def swiglu_quantize_backward(
+  h_Z2F,
+  gate_Z,
+  dy_ZF,
+  with_y: bool,
+  with_dh: jax.typing.DTypeLike | None,
+  power_of_two,
+  dtype,
+  rows=None,
+  interpret=None,
+) -> tuple:
+  F = dy_ZF.shape[1]
+  y = ((_swiglu, 1),) if with_y else ()
+  q_rows, q_columns, terms_fZ = quantize_tiles(
+    [(h_Z2F, 0), (h_Z2F, F // TILE), (dy_ZF, 0)],
+    gate_Z,
+    rows,
+    Direction(((_swiglu_backward, 2),)),
+    Direction(((_swiglu_backward, 2), *y)),
+    columns=F,
+    sums=gate_Z is not None,
+    power_of_two=power_of_two,
+    dtype=dtype,
+    interpret=interpret,
+  )
+  dh_Z2F = None
+  if with_dh is not None:
+    dh_Z2F = reference.swiglu_backward(h_Z2F, gate_Z, dy_ZF, rows)[0].astype(with_dh)
+  return (
+    q_rows[0],
+    q_columns[0],
+    None if terms_fZ is None else terms_fZ.sum(0),
+    q_columns[1] if with_y else None,
+    dh_Z2F,
+  )
+
+
+def _sigmoid(a):
+  """By the special function unit; the reciprocal as that of a root, squared."""
+  root = jax.lax.rsqrt(1.0 + jnp.exp2(a * -_LOG2_E))
+  return root * root
+
+
+def _swiglu(tiles, gate):
+  a, u = tiles[:2]
+  y = a * _sigmoid(a) * u
+  return [y if gate is None else y * gate], None
+
+
+def _swiglu_backward(tiles, gate):
+  """Gradients of both halves of h, and the terms of the gate's."""
+  a, u, dy = tiles
+  sigmoid = _sigmoid(a)
+  silu = a * sigmoid
+  term = dy * silu * u
+  dy = dy if gate is None else dy * gate
+  return [dy * u * sigmoid * (1.0 + a * (1.0 - sigmoid)), dy * silu], term
