@@ -6,17 +6,26 @@ rows of one expert stand together, each group padded to a multiple of rows that 
 grouped matrix product wants. Gates travel along and are applied by the expert, so
 combine is a plain sum, and combine and dispatch are each other's transpose.
 
-Static shapes need bounds: `capacity` times the balanced load, for the tokens sent to
-one rank and for the rows of one rank. `overflow` says that a bound was exceeded and
-the result is wrong; the step is then not applied and is retried with a larger bound.
-`capacity=inf` cannot overflow; a single rank needs no bound at all.
+    plan = make_plan(experts_MA, ...)              # integers: who goes where
+    rows_ZD = dispatch(x_MD, plan)                 # differentiable, any float
+    gates_Z = dispatch_gates(gates_MA, plan)
+    out_MD = combine(rows_ZD, plan)
+
+FP8 training sends codes and scales, which autodiff knows nothing of, by the four steps
+that these are made of: `arrive` and `expand`, `collapse` and `go_home`.
+
+Static shapes need bounds: `capacity` times the balanced load, for the tokens that
+arrive at one rank and for the rows of its experts. `plan.overflow` says that a bound
+was exceeded and the result is wrong; the step is then not applied and is retried with
+a larger bound. `capacity=inf` cannot overflow; a single rank needs no bound at all.
 
 Shape suffixes: M tokens, D model, E experts, A active experts a token, N ranks,
-S slots (places in the send buffer, N x bound), Z rows.
+C tokens that arrive (on one rank: M), Z rows, X anything.
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,145 +33,124 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-
-def _float0(x: jax.Array) -> np.ndarray:
-  return np.zeros(x.shape, jax.dtypes.float0)
-
-
-@jax.custom_vjp
-def spread(x_MD: jax.Array, source_Z: jax.Array, target_MA: jax.Array) -> jax.Array:
-  """Copies tokens into rows: rows[z] = x[source[z]], 0 where source is M or more.
-
-  `target_MA` says the same from the token's side: the rows that token m is copied
-  to, negative for none. With both, neither direction needs a scatter.
-  """
-  del target_MA
-  return x_MD.at[source_Z].get(mode="fill", fill_value=0)
-
-
-@jax.custom_vjp
-def gather_sum(rows_ZD: jax.Array, source_Z: jax.Array, target_MA: jax.Array):
-  """The transpose of `spread`: out[m] = sum of rows[target[m]], in FP32 inside."""
-  del source_Z
-  # Negative targets would count from the end; the row past the end is a zero.
-  target_MA = jnp.where(target_MA < 0, rows_ZD.shape[0], target_MA)
-  wide = jnp.promote_types(rows_ZD.dtype, jnp.float32)
-  out = jnp.zeros((target_MA.shape[0], rows_ZD.shape[1]), wide)
-  for a in range(target_MA.shape[1]):
-    out += rows_ZD.at[target_MA[:, a]].get(mode="fill", fill_value=0).astype(wide)
-  return out.astype(rows_ZD.dtype)
-
-
-def _spread_fwd(x, source, target):
-  return spread(x, source, target), (source, target)
-
-
-def _spread_bwd(plan, g):
-  source, target = plan
-  return gather_sum(g, source, target), _float0(source), _float0(target)
-
-
-def _gather_sum_fwd(rows, source, target):
-  return gather_sum(rows, source, target), (source, target)
-
-
-def _gather_sum_bwd(plan, g):
-  source, target = plan
-  return spread(g, source, target), _float0(source), _float0(target)
-
-
-spread.defvjp(_spread_fwd, _spread_bwd)
-gather_sum.defvjp(_gather_sum_fwd, _gather_sum_bwd)
+from kernels_pallas import all_to_all
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Plan:
-  """Where everything went: what `combine` needs to bring it back."""
+  """Where everything goes, and how it comes back."""
 
-  row_source_Z: jax.Array  # slot (or token) of each row; past the end for padding
-  slot_rows_SA: jax.Array  # rows of each slot (or token), -1 for none
-  slot_source_S: jax.Array | None = None  # token of each slot; None on one rank
-  token_slots_MA: jax.Array | None = None  # slots of each token, -1 for none
-  axis: str | None = dataclasses.field(default=None, metadata={"static": True})
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class Dispatched:
-  rows_ZD: jax.Array  # grouped by local expert, zero where padded
-  gates_Z: jax.Array
+  source_Z: jax.Array  # arrived token of each row; past the end for padding
+  pair_Z: jax.Array  # arrived token and choice, as one index; past the end likewise
+  target_CA: jax.Array  # rows of each arrived token, -1 for none
   group_sizes_E: jax.Array  # rows of each local expert, padding included
-  overflow: jax.Array  # bool: a bound was exceeded on this rank
-  plan: Plan
+  copies: jax.Array  # int32: tokens that this rank sends, to itself included
+  overflow: jax.Array  # bool: a bound was exceeded
+  route: all_to_all.Route | None = None  # None on one rank
 
 
-def dispatch(
-  x_MD: jax.Array,
+def make_plan(
   experts_MA: jax.Array,
-  gates_MA: jax.Array,
   *,
   n_experts: int,
   row_multiple: int,
   capacity: float = math.inf,
   axis: str | None = None,
-) -> Dispatched:
-  """Brings each token to the ranks of its experts and lines rows up by expert.
+) -> Plan:
+  """Plans from the router's choice; exchanges counts and choices, nothing else.
 
   Args:
-    x_MD: this rank's tokens.
-    experts_MA: chosen experts over all ranks, distinct within a token.
-    gates_MA: their weights, FP32.
+    experts_MA: int32 experts over all ranks, distinct within a token.
     n_experts: of all ranks; rank r holds the r-th contiguous share.
     row_multiple: groups of rows are padded to a multiple of it.
-    capacity: bound of slots and rows as a multiple of the balanced load.
+    capacity: bound of arriving tokens and of rows, as a multiple of the balanced load.
     axis: name of the mesh axis that experts are split over; None for one rank.
   """
+  m, active = experts_MA.shape
   ranks = lax.axis_size(axis) if axis else 1
   if ranks == 1:
-    rows = experts_MA.size
-    return _arrange(x_MD, experts_MA, gates_MA, n_experts, rows, row_multiple, None)
+    return _arrange(experts_MA, n_experts, experts_MA.size, row_multiple)
+  assert axis is not None
   local = n_experts // ranks
-  m, active = experts_MA.shape
-  slots = slot_bound(m, active, ranks, capacity)
-  rank_MA = experts_MA // local
-  first_MA = _first_occurrence(rank_MA)
-  rank_MA = jnp.where(first_MA, rank_MA, ranks)
-  token_slots_MA, counts_N = _positions(rank_MA, ranks, slots)
-  slot_source_S = _invert(token_slots_MA, ranks * slots)
-
-  def send(values_MX):
-    return _exchange(spread(values_MX, slot_source_S, token_slots_MA), axis, ranks)
-
-  arrived_SD = checkpoint_name(send(x_MD), "dispatched")
-  gates_SA = send(gates_MA)
-  # Empty slots arrive as zeros; experts are numbered from 1 on the way to tell.
-  experts_SA = _exchange(
-    (experts_MA + 1).at[slot_source_S].get(mode="fill", fill_value=0), axis, ranks
-  )
-  local_SA = experts_SA - 1 - lax.axis_index(axis) * local
-  local_SA = jnp.where((local_SA >= 0) & (local_SA < local), local_SA, local)
+  bound = arrival_bound(m, active, ranks, capacity)
+  route = all_to_all.plan_ranks(experts_MA // local, bound, axis)
+  route = jax.tree.map(lambda x: checkpoint_name(x, "plan"), route)
+  (experts_CA,) = _send([experts_MA], route)
+  local_CA = experts_CA - lax.axis_index(axis) * local
+  # The buffer's tail is unspecified, and some of a token's experts live elsewhere.
+  arrived_C1 = jnp.arange(bound)[:, None] < route.counts_L.sum()
+  here_CA = arrived_C1 & (local_CA >= 0) & (local_CA < local)
+  local_CA = jnp.where(here_CA, local_CA, local)
   rows = row_bound(m, active, ranks, local, capacity)
-  out = _arrange(arrived_SD, local_SA, gates_SA, local, rows, row_multiple, axis)
-  out.plan.slot_source_S = slot_source_S
-  out.plan.token_slots_MA = token_slots_MA
-  out.overflow |= (counts_N > slots).any()
-  return out
+  plan = _arrange(local_CA, local, rows, row_multiple)
+  plan.copies = (route.address_MA >= 0).sum(dtype=jnp.int32)
+  plan.overflow |= route.overflow
+  plan.route = route
+  return plan
+
+
+def dispatch(x_MD: jax.Array, plan: Plan) -> jax.Array:
+  """Copies of tokens as rows grouped by expert, zero where padded: [Z, D]."""
+  if plan.route is not None:
+    x_MD = checkpoint_name(all_to_all.dispatch(x_MD, plan.route), "dispatched")
+  return _spread(x_MD, plan.source_Z, plan.target_CA)
+
+
+def dispatch_gates(gates_MA: jax.Array, plan: Plan) -> jax.Array:
+  """The gate of each row, 0 where padded: [Z]."""
+  if plan.route is not None:
+    gates_MA = checkpoint_name(all_to_all.dispatch(gates_MA, plan.route), "dispatched")
+  target_P1 = plan.target_CA.reshape(-1, 1)
+  return _spread(gates_MA.reshape(-1, 1), plan.pair_Z, target_P1)[:, 0]
 
 
 def combine(rows_ZD: jax.Array, plan: Plan) -> jax.Array:
   """Sums each token's rows, first where its experts live, then at home: [M, D]."""
-  out = gather_sum(rows_ZD, plan.row_source_Z, plan.slot_rows_SA)
-  if plan.slot_source_S is None:
-    return out
-  home = _exchange(out, plan.axis, lax.axis_size(plan.axis))
-  return gather_sum(home, plan.slot_source_S, plan.token_slots_MA)
+  out_CD = _gather_sum(rows_ZD, plan.source_Z, plan.target_CA)
+  return out_CD if plan.route is None else all_to_all.combine(out_CD, plan.route)
 
 
-def slot_bound(m: int, active: int, ranks: int, capacity: float) -> int:
-  """Slots for one rank: capacity x the share that uniform routing would send."""
-  expected = m * (1 - (1 - 1 / ranks) ** active)
-  return m if math.isinf(capacity) else min(m, math.ceil(capacity * expected))
+def arrive(values: Sequence[jax.Array], plan: Plan) -> list[jax.Array]:
+  """Arrays [M, ...] of tokens at the ranks of their experts: [C, ...].
+
+  Not differentiable; what stands where no token arrived is unspecified.
+  """
+  return list(values) if plan.route is None else _send(values, plan.route)
+
+
+def expand(x_CX: jax.Array, plan: Plan) -> jax.Array:
+  """Arrived tokens as rows: [Z, X], zero where padded."""
+  return x_CX.at[plan.source_Z].get(mode="fill", fill_value=0)
+
+
+def expand_gates(gates_CA: jax.Array, plan: Plan) -> jax.Array:
+  """The gate of each row: [Z]."""
+  return gates_CA.reshape(-1).at[plan.pair_Z].get(mode="fill", fill_value=0)
+
+
+def collapse(rows_ZX: jax.Array, plan: Plan) -> jax.Array:
+  """The sum of each arrived token's rows: [C, X]."""
+  return _gather_sum(rows_ZX, plan.source_Z, plan.target_CA)
+
+
+def collapse_gates(gates_Z: jax.Array, plan: Plan) -> jax.Array:
+  """Of each arrived token, what its rows say of its choices: [C, A]."""
+  # Negative rows would count from the end; the row past the end is a zero.
+  target_CA = jnp.where(plan.target_CA < 0, gates_Z.shape[0], plan.target_CA)
+  return gates_Z.at[target_CA].get(mode="fill", fill_value=0)
+
+
+def go_home(x_CX: jax.Array, plan: Plan) -> jax.Array:
+  """The sum over ranks of what became of each token there: [M, X]."""
+  return x_CX if plan.route is None else all_to_all.combine(x_CX, plan.route)
+
+
+def arrival_bound(m: int, active: int, ranks: int, capacity: float) -> int:
+  """Tokens that may arrive at a rank: capacity x what uniform routing would send."""
+  expected = ranks * m * (1 - (1 - 1 / ranks) ** active)
+  worst = ranks * m
+  return worst if math.isinf(capacity) else min(worst, math.ceil(capacity * expected))
 
 
 def row_bound(m: int, active: int, ranks: int, local: int, capacity: float) -> int:
@@ -171,60 +159,92 @@ def row_bound(m: int, active: int, ranks: int, local: int, capacity: float) -> i
   return worst if math.isinf(capacity) else min(worst, math.ceil(capacity * m * active))
 
 
-def _arrange(x_SD, experts_SA, gates_SA, n_experts, rows, multiple, axis):
-  """One row per (token, expert) pair, grouped by expert; expert n_experts is none."""
-  rows = -(-(rows + n_experts * (multiple - 1)) // multiple) * multiple
-  hits_SE = (experts_SA[..., None] == jnp.arange(n_experts)).any(1)
-  rank_SE = jnp.cumsum(hits_SE, axis=0, dtype=jnp.int32)
-  counts_E = rank_SE[-1]
-  sizes_E = -(-counts_E // multiple) * multiple
-  starts_E = jnp.cumsum(sizes_E, dtype=jnp.int32) - sizes_E
-  place_SE = starts_E + rank_SE - 1
-  safe_SA = jnp.minimum(experts_SA, n_experts - 1)
-  rows_SA = jnp.take_along_axis(place_SE, safe_SA, axis=1)
-  fits_SA = (experts_SA < n_experts) & (rows_SA < rows)
-  rows_SA = checkpoint_name(jnp.where(fits_SA, rows_SA, -1), "plan")
-  source_Z = checkpoint_name(_invert(rows_SA, rows), "plan")
-  pair_Z = _invert(rows_SA.reshape(-1, 1), rows)
-  overflow = sizes_E.sum() > rows
-  # After an overflow the sizes must still fit the buffer: the result is discarded.
-  sizes_E = jnp.clip(rows - starts_E, 0, sizes_E)
-  return Dispatched(
-    rows_ZD=spread(x_SD, source_Z, rows_SA),
-    gates_Z=spread(gates_SA.reshape(-1, 1), pair_Z, rows_SA.reshape(-1, 1))[:, 0],
-    group_sizes_E=checkpoint_name(sizes_E, "plan"),
-    overflow=overflow,
-    plan=Plan(row_source_Z=source_Z, slot_rows_SA=rows_SA, axis=axis),
+def _send(values: Sequence[jax.Array], route: all_to_all.Route) -> list[jax.Array]:
+  received = route.counts_L.sum()
+  return all_to_all.send_rows(
+    values,
+    route.address_MA,
+    values[0].shape[0],
+    received,
+    rows=route.rows,
+    axis=route.axis,
   )
 
 
-def _positions(bin_MA, n_bins, bound):
-  """A place bin * bound + (rank of the token in its bin), -1 beyond the bound."""
-  hits_MN = (bin_MA[..., None] == jnp.arange(n_bins)).any(1)
-  rank_MN = jnp.cumsum(hits_MN, axis=0, dtype=jnp.int32)
-  safe_MA = jnp.minimum(bin_MA, n_bins - 1)
-  rank_MA = jnp.take_along_axis(rank_MN, safe_MA, axis=1) - 1
-  valid = (bin_MA < n_bins) & (rank_MA < bound)
-  return jnp.where(valid, bin_MA * bound + rank_MA, -1), rank_MN[-1]
+@jax.custom_vjp
+def _spread(x_CD: jax.Array, source_Z: jax.Array, target_CA: jax.Array) -> jax.Array:
+  """rows[z] = x[source[z]], 0 where source is C or more.
+
+  `target_CA` says the same from the token's side: the rows that it is copied to,
+  negative for none. With both, neither direction needs a scatter.
+  """
+  del target_CA
+  return x_CD.at[source_Z].get(mode="fill", fill_value=0)
 
 
-def _invert(places_MA, n):
-  """The token of each place, M where there is none."""
-  m, active = places_MA.shape
-  tokens = jnp.broadcast_to(jnp.arange(m, dtype=jnp.int32)[:, None], (m, active))
-  places = jnp.where(places_MA < 0, n, places_MA)
-  return jnp.full((n,), m, jnp.int32).at[places].set(tokens, mode="drop")
+@jax.custom_vjp
+def _gather_sum(rows_ZD: jax.Array, source_Z: jax.Array, target_CA: jax.Array):
+  """The transpose of `_spread`: out[c] = sum of rows[target[c]], in FP32 inside."""
+  del source_Z
+  target_CA = jnp.where(target_CA < 0, rows_ZD.shape[0], target_CA)
+  wide = jnp.promote_types(rows_ZD.dtype, jnp.float32)
+  out = jnp.zeros((target_CA.shape[0], rows_ZD.shape[1]), wide)
+  for a in range(target_CA.shape[1]):
+    out += rows_ZD.at[target_CA[:, a]].get(mode="fill", fill_value=0).astype(wide)
+  return out.astype(rows_ZD.dtype)
 
 
-def _first_occurrence(rank_MA):
-  """True where a token names a rank for the first time."""
-  same = rank_MA[:, :, None] == rank_MA[:, None, :]  # [M, A, A]
-  active = rank_MA.shape[1]
-  earlier = jnp.tril(jnp.ones((active, active), bool), -1)
-  return ~(same & earlier).any(-1)
+def _spread_fwd(x, source, target):
+  return _spread(x, source, target), (source, target)
 
 
-def _exchange(x_SX, axis, ranks):
-  """All-to-all of equal shares: block i goes to rank i."""
-  shares = x_SX.reshape(ranks, -1, *x_SX.shape[1:])
-  return lax.all_to_all(shares, axis, 0, 0).reshape(x_SX.shape)
+def _spread_bwd(places, g):
+  return _gather_sum(g, *places), *map(_float0, places)
+
+
+def _gather_sum_fwd(rows, source, target):
+  return _gather_sum(rows, source, target), (source, target)
+
+
+def _gather_sum_bwd(places, g):
+  return _spread(g, *places), *map(_float0, places)
+
+
+_spread.defvjp(_spread_fwd, _spread_bwd)
+_gather_sum.defvjp(_gather_sum_fwd, _gather_sum_bwd)
+
+
+def _float0(x: jax.Array) -> np.ndarray:
+  return np.zeros(x.shape, jax.dtypes.float0)
+
+
+def _arrange(experts_CA, n_experts, rows, multiple) -> Plan:
+  """One row per (token, expert) pair, grouped by expert; expert n_experts is none."""
+  rows = -(-(rows + n_experts * (multiple - 1)) // multiple) * multiple
+  hits_CE = (experts_CA[..., None] == jnp.arange(n_experts)).any(1)
+  rank_CE = jnp.cumsum(hits_CE, axis=0, dtype=jnp.int32)
+  sizes_E = -(-rank_CE[-1] // multiple) * multiple
+  starts_E = jnp.cumsum(sizes_E, dtype=jnp.int32) - sizes_E
+  place_CE = starts_E + rank_CE - 1
+  safe_CA = jnp.minimum(experts_CA, n_experts - 1)
+  target_CA = jnp.take_along_axis(place_CE, safe_CA, axis=1)
+  fits_CA = (experts_CA < n_experts) & (target_CA < rows)
+  target_CA = checkpoint_name(jnp.where(fits_CA, target_CA, -1), "plan")
+  # After an overflow the sizes must still fit the buffer: the result is discarded.
+  fitting_E = jnp.clip(rows - starts_E, 0, sizes_E)
+  return Plan(
+    source_Z=checkpoint_name(_invert(target_CA, rows), "plan"),
+    pair_Z=checkpoint_name(_invert(target_CA.reshape(-1, 1), rows), "plan"),
+    target_CA=target_CA,
+    group_sizes_E=checkpoint_name(fitting_E, "plan"),
+    copies=jnp.int32(experts_CA.shape[0]),
+    overflow=sizes_E.sum() > rows,
+  )
+
+
+def _invert(places_CA, n):
+  """The token of each place, C where there is none."""
+  c, active = places_CA.shape
+  tokens = jnp.broadcast_to(jnp.arange(c, dtype=jnp.int32)[:, None], (c, active))
+  places = jnp.where(places_CA < 0, n, places_CA)
+  return jnp.full((n,), c, jnp.int32).at[places].set(tokens, mode="drop")

@@ -16,7 +16,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.precision.linear import linear
-from deepseek_jax.precision.tiles import TILE, Fp8Weight, Recipe
+from deepseek_jax.precision.tiles import (
+  TILE,
+  Fp8Weight,
+  Recipe,
+  Tiled,
+  WeightCodes,
+)
 from kernels_pallas import grouped_matmul as grouped
 
 
@@ -72,7 +78,7 @@ def expert_feed_forward(
 
 
 def _fp8(x_ZD, gates_Z, sizes_E, w13: Fp8Weight, w2: Fp8Weight):
-  codes = (w13.by_output, w13.by_input, w2.by_output, w2.by_input)
+  codes = w13.codes, w2.codes
   return _fp8_feed_forward(
     x_ZD, gates_Z, w13.gradient, w2.gradient, codes, sizes_E, w13.recipe
   )
@@ -85,27 +91,61 @@ def _fp8_feed_forward(x_ZD, gates_Z, d13, d2, codes, sizes_E, recipe: Recipe):
 
 def _fp8_fwd(x_ZD, gates_Z, d13, d2, codes, sizes_E, recipe):
   del d13, d2
-  by_output13, by_input13, by_output2, by_input2 = codes
-  multiply = functools.partial(recipe.multiply, dtype=x_ZD.dtype, group_sizes_E=sizes_E)
-  hidden_Z2F = multiply(recipe.rows(x_ZD), by_output13)
-  y_ZD = multiply(recipe.activate(hidden_Z2F, gates_Z), by_output2)
-  kept = recipe.rows(hidden_Z2F, power_of_two=True)
-  kept = jax.tree.map(lambda part: checkpoint_name(part, "swiglu_input"), kept)
-  return y_ZD, (x_ZD, kept, gates_Z, sizes_E, by_input13, by_input2)
+  x, dtype = recipe.rows(x_ZD), x_ZD.dtype
+  y_ZD, kept = fp8_forward(x, gates_Z, sizes_E, codes, recipe, dtype)
+  return y_ZD, (x_ZD, kept, gates_Z, sizes_E, codes)
 
 
 def _fp8_bwd(recipe, residuals, dy_ZD):
-  x_ZD, kept, gates_Z, sizes_E, by_input13, by_input2 = residuals
-  multiply = functools.partial(recipe.multiply, dtype=x_ZD.dtype, group_sizes_E=sizes_E)
-  dy_rows, dy_columns = recipe.gradient(dy_ZD)
-  d_activated_ZF = multiply(dy_rows, by_input2)
-  (d_rows, d_columns), activated, d_gates_Z = recipe.activate_backward(
-    kept, gates_Z, d_activated_ZF
+  x_ZD, kept, gates_Z, sizes_E, codes = residuals
+  x_columns, dy = recipe.columns(x_ZD), recipe.gradient(dy_ZD)
+  gradients = fp8_backward(
+    x_columns, kept, gates_Z, sizes_E, codes, dy, recipe, x_ZD.dtype
   )
-  dx_ZD = multiply(d_rows, by_input13)
-  d13 = recipe.weight_gradient(recipe.columns(x_ZD), d_columns, sizes_E)
-  d2 = recipe.weight_gradient(activated, dy_columns, sizes_E)
-  return dx_ZD, d_gates_Z, d13, d2, None, None
+  return *gradients, None, None
 
 
 _fp8_feed_forward.defvjp(_fp8_fwd, _fp8_bwd)
+
+
+def fp8_forward(
+  x: Tiled,
+  gates_Z: jax.Array | None,
+  group_sizes_E: jax.Array | None,
+  codes: tuple[WeightCodes, WeightCodes],
+  recipe: Recipe,
+  dtype,
+) -> tuple[jax.Array, Tiled]:
+  """The network on rows, by groups if there are any.
+
+  Returns:
+    y_ZD in `dtype`, and SwiGLU's input in FP8 for `fp8_backward`.
+  """
+  (by_output13, _), (by_output2, _) = codes
+  hidden_Z2F = recipe.multiply(x, by_output13, dtype, group_sizes_E)
+  activated = recipe.activate(hidden_Z2F, gates_Z)
+  y_ZD = recipe.multiply(activated, by_output2, dtype, group_sizes_E)
+  kept = recipe.rows(hidden_Z2F, power_of_two=True)
+  return y_ZD, jax.tree.map(lambda part: checkpoint_name(part, "swiglu_input"), kept)
+
+
+def fp8_backward(
+  x_columns: Tiled,
+  kept: Tiled,
+  gates_Z: jax.Array | None,
+  group_sizes_E: jax.Array | None,
+  codes: tuple[WeightCodes, WeightCodes],
+  dy: tuple[Tiled, Tiled],
+  recipe: Recipe,
+  dtype,
+) -> tuple[jax.Array, jax.Array | None, jax.Array, jax.Array]:
+  """From dy as rows and as columns: dx_ZD in `dtype`, d_gates_Z, d13 and d2 in FP32."""
+  (_, by_input13), (_, by_input2) = codes
+  d_activated_ZF = recipe.multiply(dy[0], by_input2, dtype, group_sizes_E)
+  (d_rows, d_columns), activated, d_gates_Z = recipe.activate_backward(
+    kept, gates_Z, d_activated_ZF
+  )
+  dx_ZD = recipe.multiply(d_rows, by_input13, dtype, group_sizes_E)
+  d13 = recipe.weight_gradient(x_columns, d_columns, group_sizes_E)
+  d2 = recipe.weight_gradient(activated, dy[1], group_sizes_E)
+  return dx_ZD, d_gates_Z, d13, d2

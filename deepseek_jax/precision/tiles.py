@@ -18,14 +18,11 @@ from deepseek_jax.fp8_config import Fp8Config
 from deepseek_jax.precision import emulation
 from kernels_pallas import quantize
 from kernels_pallas.fp8_matmul import fp8_matmul, fp8_matmul_dw
-
-try:
-  from kernels_pallas.grouped_matmul import grouped_fp8_matmul, grouped_fp8_matmul_dw
-except ImportError:
-  pass
+from kernels_pallas.grouped_matmul import grouped_fp8_matmul, grouped_fp8_matmul_dw
 
 TILE = quantize.TILE
 Tiled = tuple[jax.Array, jax.Array]  # FP8 codes, FP32 scale of each tile
+WeightCodes = tuple[Tiled, Tiled]  # contracted over the input, over the output
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +83,28 @@ class Recipe:
       return _blocks(dy_MN, dtype), _blocks(dy_MN.T, dtype)
     return quantize.quantize_both(
       dy_MN, power_of_two=self._power(False), dtype=dtype, impl=self.quantizer
+    )
+
+  def gradient_rows(self, dy_MN: jax.Array) -> Tiled:
+    """The gradient of an output as rows that will be tiled again as columns."""
+    c, dtype = self.config, self._gradient_dtype
+    if c.scales == "tensor":
+      return _whole(dy_MN, dtype)
+    if c.gradient_tiles == "128x128":
+      return _blocks(dy_MN, dtype)
+    return quantize.quantize_rows(
+      dy_MN, power_of_two=True, dtype=dtype, impl=self.quantizer
+    )
+
+  def tile_again(self, rows: Tiled) -> Tiled:
+    """Columns of what was kept or sent as rows, in the same FP8 format."""
+    c, dtype = self.config, rows[0].dtype
+    if c.scales == "tensor":
+      return _whole(quantize.dequantize_rows(*rows).T, dtype)
+    if c.gradient_tiles == "128x128" and self.emulated:
+      return _blocks(quantize.dequantize_rows(*rows).T, dtype)
+    return quantize.requantize_columns(
+      *rows, power_of_two=True, dtype=dtype, impl=self.quantizer
     )
 
   def activate(self, hidden_Z2F: jax.Array, gates_Z: jax.Array | None) -> Tiled:
@@ -182,6 +201,10 @@ class Fp8Weight:
     if everything is not Ellipsis:
       raise TypeError("an FP8 weight has no parts: quantise the part")
     return self
+
+  @property
+  def codes(self) -> WeightCodes:
+    return self.by_output, self.by_input
 
   @property
   def shape(self) -> tuple[int, ...]:
