@@ -23,6 +23,7 @@ for path in experiments/configs/*.py; do
   name=$(basename "$path" .py)
   case $name in
     __init__ | pretrain) ;;
+    import) run_tiny import --config.checkpoint.path="$folder/export/exported_hf" ;;
     *) run_tiny "$name" --config.generate.checkpoint="$folder/pretrain" ;;
   esac
 done

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from deepseek_jax.config import Config
 from deepseek_jax.data.pipeline import make_data
@@ -13,6 +14,8 @@ from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.infer.generate import generate_text
 from deepseek_jax.io import workdir
 from deepseek_jax.io.checkpoint import Restored, restore_newest
+from deepseek_jax.io.hf_import import assemble, compute_targets, make_skeleton
+from deepseek_jax.io.weights import restore_weights
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.train import loop, step
 from deepseek_jax.train.evaluation import Evaluation
@@ -38,11 +41,13 @@ def generate(config: Config, folder: str) -> None:
     raise ValueError("generate.prompts is empty: give some text to complete")
   config = _as_trained(config, source)
   mesh = make_mesh(**dataclasses.asdict(config.mesh))
-  whole = step.abstract_state(config, mesh)
-  found = _restore(source, {"params": whole.params, "bias": whole.bias})
   tokenizer = Tokenizer.from_file(source / "tokenizer.json")
+  skeleton = make_skeleton(config.model)
+  dtype = jnp.float32 if config.precision == "fp32" else jnp.bfloat16
+  targets = compute_targets(skeleton, mesh, dtype)
+  number, arrays = restore_weights(source, skeleton, targets)
   texts = generate_text(
-    step.make_gather(config, mesh)(found.state["params"], found.state["bias"]),
+    assemble(skeleton, arrays),
     config,
     tokenizer,
     config.generate.prompts,
@@ -51,9 +56,9 @@ def generate(config: Config, folder: str) -> None:
     key=key,
   )
   if jax.process_index() == 0:
-    path = Path(folder) / "samples" / f"generated_{found.step}.txt"
+    path = Path(folder) / "samples" / f"generated_{number}.txt"
     print(write_samples(config.generate.prompts, texts, path).read_text("utf-8"))
-    print(f"checkpoint: {source / 'checkpoints' / str(found.step)}")
+    print(f"checkpoint: {source / 'checkpoints' / str(number)}")
     print(f"samples:    {path}")
 
 

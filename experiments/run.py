@@ -40,6 +40,7 @@ _DEBUG = flags.DEFINE_bool("debug", False, "show tracebacks and library logs")
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "one of several processes: call jax.distributed.initialize()"
 )
+_JOBS = ("pretrain", "generate", "evaluate", "import", "export")
 _PACKAGES = ("deepseek_jax", "kernels_pallas", "experiments", "__main__")
 _FILE_ERRORS = (
   FileNotFoundError,
@@ -71,13 +72,11 @@ def main(_: Sequence[str]) -> None:
 
 def _run(config: Config, folder: str) -> None:
   """Does the job; JAX is imported here, so that mistakes above show at once."""
-  if config.job not in ("pretrain", "generate", "evaluate"):
-    raise ValueError(
-      f"job={config.job!r} is unknown: use pretrain, generate or evaluate"
-    )
+  if config.job not in _JOBS:
+    raise ValueError(f"job={config.job!r} is unknown: use one of {', '.join(_JOBS)}")
   if config.job == "pretrain":
     workdir.check(config, folder)
-  from experiments import jobs
+  from experiments import jobs, jobs_checkpoints
 
   if _DISTRIBUTED.value:
     jobs.join_processes()
@@ -88,6 +87,10 @@ def _run(config: Config, folder: str) -> None:
       jobs.generate(config, folder)
     case "evaluate":
       jobs.evaluate(config, folder)
+    case "import":
+      jobs_checkpoints.import_checkpoint(config, folder)
+    case "export":
+      jobs_checkpoints.export_checkpoint(config, folder)
 
 
 def is_expected(error: BaseException) -> bool:

@@ -19,6 +19,7 @@ from deepseek_jax.io import workdir as home
 from deepseek_jax.io.checkpoint import Checkpoints, restore_newest
 from deepseek_jax.io.fp8_weights import FP8, dequantise_arrays
 from deepseek_jax.io.hf_export import Layout
+from deepseek_jax.io.hf_import import make_skeleton
 from deepseek_jax.io.hf_names import SCALE, AnyConfig, hf_places, our_shapes
 from deepseek_jax.model.layers import RouterBias, named_variables
 
@@ -107,16 +108,24 @@ def restore_weights(
   return found.step, {p: arrays[p] for p in arrays if p in targets or keep_fp8}
 
 
-def restore_start(config: Config, targets: Targets, skeleton: Any) -> Arrays:
-  """The weights of `config.checkpoint.path` for a new run, with its shardings.
+def restore_start(config: Config, targets: Targets) -> Arrays:
+  """The weights of the workdir `config.checkpoint.path`, for a new run.
 
   Raises:
     FileNotFoundError: no such workdir, or no checkpoint in it.
-    ValueError: it holds another model.
+    ValueError: its model has other shapes.
   """
   source = Path(config.checkpoint.path)
-  _, arrays = restore_weights(source, skeleton, targets)
-  return arrays
+  skeleton = make_skeleton(home.read(source).model)
+  there = {path: v.shape for path, v in named_variables(skeleton).items()}
+  for path, target in targets.items():
+    if there.get(path) != target.shape:
+      found = list(there[path]) if path in there else "absent"
+      raise ValueError(
+        f"checkpoint.path={source} holds another model: {path} is {found} there and "
+        f"{list(target.shape)} here"
+      )
+  return restore_weights(source, skeleton, targets)[1]
 
 
 def _biases(skeleton: Any) -> set[str]:

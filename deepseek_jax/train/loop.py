@@ -30,6 +30,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.data.pipeline import Data, make_data
 from deepseek_jax.io import workdir as home
 from deepseek_jax.io.checkpoint import Checkpoints, check_space, tree_bytes
+from deepseek_jax.io.weights import restore_start
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.train import metrics as reporting
 from deepseek_jax.train.batches import next_batch, rows_of_micro_batch
@@ -170,6 +171,10 @@ def begin(config: Config, workdir: Path, devices: Sequence[Any] | None = None) -
     log.info("resumed from the checkpoint of step %d", progress.step)
   else:
     state, progress = init_state(config, mesh), Progress()
+    if config.checkpoint.path:
+      weights = restore_start(config, _weights(abstract))
+      state = TrainState(**(vars(state) | _split(state, weights)))
+      log.info("starts from the weights of %s", config.checkpoint.path)
   ema = None
   if config.train.ema_decay:
     decay = config.train.ema_decay**config.train.ema_every
@@ -342,6 +347,14 @@ def _data_position(loop: dict[str, Any]) -> Any:
 
 def _weights(state: TrainState) -> dict[str, Any]:
   return {**state.params, **state.bias}
+
+
+def _split(state: TrainState, weights: dict[str, Any]) -> dict[str, Any]:
+  """Weights by path as the parts of the state that hold them."""
+  return {
+    "params": {path: weights[path] for path in state.params},
+    "bias": {path: weights[path] for path in state.bias},
+  }
 
 
 def _copy_if_due(config: Config, state: TrainState, step: int) -> Any:
