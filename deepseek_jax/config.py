@@ -325,9 +325,15 @@ class GenerateConfig:
   top_p: float = 1.0
   stop: tuple[str, ...] = ()  # texts whose single token ends a completion, besides EOS
   checkpoint: str = ""  # a training workdir, for job=generate
+  # Prompts as questions in the workdir's chat template; `thinking` opens <think> too.
+  chat: Literal["off", "template", "thinking"] = "off"
 
   def __post_init__(self):
     _positive(self, "generate", "max_new_tokens")
+    _require(
+      self.chat in ("off", "template", "thinking"),
+      f"generate.chat={self.chat!r} must be off, template or thinking",
+    )
     _require(
       self.temperature >= 0, f"generate.temperature={self.temperature} must be >= 0"
     )

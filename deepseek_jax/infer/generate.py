@@ -25,9 +25,11 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import Config, GenerateConfig
+from deepseek_jax.data.chat import ChatTemplate
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.infer.sampling import next_tokens, row_keys
 from deepseek_jax.mesh import BATCH_AXES, EXPERT, PIPELINE
+from deepseek_jax.model.dense import DenseTransformer
 from deepseek_jax.model.layers import map_variables
 from deepseek_jax.model.moe import Execution
 from deepseek_jax.model.transformer import Transformer
@@ -36,33 +38,48 @@ LENGTH_MULTIPLE = 64  # of padded prompts, caches and outputs
 STOPS_MULTIPLE = 8
 NOTHING = -1  # where a row has no token: ids are not negative
 
+Model = Transformer | DenseTransformer
+
 
 def generate_text(
-  model: Transformer,
+  model: Model,
   config: Config,
   tokenizer: Tokenizer,
   prompts: Sequence[str],
   settings: GenerateConfig,
+  template: ChatTemplate | None = None,
   mesh: Mesh | None = None,
   key: jax.Array | None = None,
 ) -> list[str]:
   """Completes texts; returns what follows each, without the token that ended it.
 
-  Every prompt starts a document: it is put behind the tokenizer's `bos`. Names of
-  special tokens in it become these tokens, so fill-in-the-middle prompts are written
-  out: fim_begin, prefix, fim_hole, suffix, fim_end.
+  Every prompt starts a document: it is put behind the tokenizer's `bos`, or, with
+  `settings.chat`, it is a user's message in the chat template. Names of special tokens
+  in it become these tokens, so fill-in-the-middle prompts are written out: fim_begin,
+  prefix, fim_hole, suffix, fim_end.
 
   Args:
     settings: `prompts` and `checkpoint` of it are not used.
+    template: the tokenizer's, needed where `settings.chat` is not off.
 
   Raises:
     ValueError: as `generate`, or a stop text that is not one token.
   """
   stops = {tokenizer.eos, *(tokenizer.token_id(text) for text in settings.stop)}
+  if settings.chat == "off":
+    encoded = [_encode(tokenizer, text) for text in prompts]
+  elif template is None:
+    raise ValueError(f"generate.chat={settings.chat} needs a chat template")
+  else:
+    thinking = settings.chat == "thinking"
+    chats = [[{"role": "user", "content": text}] for text in prompts]
+    encoded = [
+      tokenizer.encode(template.render(chat, open_thinking=thinking)) for chat in chats
+    ]
   rows = generate(
     model,
     config,
-    [_encode(tokenizer, text) for text in prompts],
+    encoded,
     max_new_tokens=settings.max_new_tokens,
     temperature=settings.temperature,
     top_p=settings.top_p,
@@ -82,7 +99,7 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def generate(
-  model: Transformer,
+  model: Model,
   config: Config,
   prompts: Sequence[Sequence[int]],
   *,
@@ -187,7 +204,7 @@ def _round_up(n: int, multiple: int) -> int:
 
 @functools.partial(jax.jit, static_argnames=("cache_length", "width", "mesh"))
 def _generate(
-  model: Transformer,
+  model: Model,
   prompts_BT: jax.Array,
   lengths_B: jax.Array,
   stop_ids: jax.Array,
@@ -222,7 +239,7 @@ def _generate(
 
 
 def _local_generate(
-  model: Transformer,
+  model: Model,
   prompts_BT,
   lengths_B,
   rows_B,

@@ -9,13 +9,17 @@ import pytest
 from jax.sharding import NamedSharding
 
 from deepseek_jax.config import Config, GenerateConfig, TrainConfig
-from deepseek_jax.data.tokenizer import train_tokenizer
+from deepseek_jax.data import chat
+from deepseek_jax.data.chat import ChatTemplate
+from deepseek_jax.data.tokenizer import SPECIALS, train_tokenizer
+from deepseek_jax.dense_config import TINY_DENSE
 from deepseek_jax.infer import generate as generate_module
 from deepseek_jax.infer.generate import generate, generate_text
 from deepseek_jax.mesh import make_mesh
+from deepseek_jax.model.dense import DenseTransformer
 from deepseek_jax.model.layers import map_variables
 from deepseek_jax.model.transformer import Transformer
-from tests.model.random_models import MHA_YARN, MLA, YARN, random_model
+from tests.model.random_models import MHA_YARN, MLA, YARN, random_model, randomise
 
 PROMPTS = [[1, 2, 3], [5], [7, 8, 9, 10, 11, 12, 13], [60, 3, 60, 3, 60]]
 NEW = 20  # tokens
@@ -275,3 +279,46 @@ def test_text_ends_before_eos_and_stops(monkeypatch):
   settings = dataclasses.replace(settings, stop=("def f(x): return",))
   with pytest.raises(ValueError, match="not one"):
     generate_text(model, config, t, prompts, settings)
+
+
+def test_prompts_as_questions_in_a_chat_template():
+  tokenizer, model, config = text_model()
+  bos, eos, user, assistant = (SPECIALS[i] for i in (0, 1, 6, 7))
+  template = ChatTemplate(chat.V3, {"bos_token": bos, "eos_token": eos})
+  for mode, opening in (("template", ""), ("thinking", "<think>\n")):
+    settings = GenerateConfig(max_new_tokens=10, chat=mode)
+    texts = generate_text(
+      model, config, tokenizer, ["def f"], settings, template=template
+    )
+    ids = tokenizer.encode(f"{bos}{user}def f{assistant}{opening}")
+    assert ids[:2] == [0, 6]
+    row = generate(model, config, [ids], max_new_tokens=10)[0]
+    end = row.index(tokenizer.eos) if tokenizer.eos in row else len(row)
+    assert texts == [tokenizer.decode(row[:end])]
+    with pytest.raises(ValueError, match=f"chat={mode} needs a chat template"):
+      generate_text(model, config, tokenizer, ["def f"], settings)
+  with pytest.raises(ValueError, match="chat='on' must be off, template or thinking"):
+    GenerateConfig(chat="on")
+
+
+def test_a_dense_model_in_a_batch_and_on_a_mesh():
+  """As `DenseTransformer.logits` chooses, token by token, in rows of all lengths."""
+  settings = dataclasses.replace(TINY_DENSE, vocab_size=64, dim=32, n_layers=2)
+  blank = jax.eval_shape(lambda: DenseTransformer(settings, jax.random.key(0)))
+  model, config = randomise(blank, 0), run_config(settings)
+  rows = generate(model, config, PROMPTS, max_new_tokens=NEW)
+  full = jax.jit(DenseTransformer.logits)
+  for prompt, row in zip(PROMPTS, rows):
+    tokens = np.zeros((1, 32), np.int32)
+    tokens[0, : len(prompt) + NEW] = [*prompt, *row]
+    logits = np.asarray(full(model, tokens))[0]
+    chosen = logits[len(prompt) - 1 : len(prompt) - 1 + NEW].argmax(-1)
+    assert row == chosen.tolist()
+  mesh = make_mesh(data=2, expert=2, devices=jax.devices()[:4])
+  placed = map_variables(
+    lambda v: v.replace(
+      jax.device_put(v[...], NamedSharding(mesh, v.get_metadata()["spec"]))
+    ),
+    model,
+  )
+  assert generate(placed, config, PROMPTS, max_new_tokens=NEW, mesh=mesh) == rows
