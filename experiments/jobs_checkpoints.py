@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +29,9 @@ from deepseek_jax.mesh import make_mesh
 log = logging.getLogger("deepseek_jax")
 
 
-def import_checkpoint(config: Config, folder: str) -> None:
+def import_checkpoint(
+  config: Config, folder: str, devices: Sequence[Any] | None = None
+) -> None:
   """Reads a Hugging Face folder into a workdir that other jobs start from."""
   if not config.checkpoint.path:
     raise ValueError(
@@ -41,7 +45,7 @@ def import_checkpoint(config: Config, folder: str) -> None:
   if any(target.glob("checkpoints/[0-9]*")):
     log.info("%s holds this checkpoint already", target)
     return
-  mesh = make_mesh(**dataclasses.asdict(config.mesh))
+  mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
   skeleton = make_skeleton(source.config)
   if config.checkpoint.dtype == "fp8":
     targets = fp8_targets(source, mesh)
@@ -83,13 +87,15 @@ def _config_of_import(config: Config, source: Source) -> Config:
   )
 
 
-def export_checkpoint(config: Config, folder: str) -> None:
+def export_checkpoint(
+  config: Config, folder: str, devices: Sequence[Any] | None = None
+) -> None:
   """Writes the newest weights of a workdir for others."""
   source = Path(config.generate.checkpoint or folder)
   options = config.checkpoint
   out = Path(options.path or Path(folder) / f"exported_{options.format}")
   trained = workdir.read(source)
-  mesh = make_mesh(**dataclasses.asdict(config.mesh))
+  mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
   skeleton = make_skeleton(trained.model)
   dtype = jnp.float32 if options.dtype == "float32" else jnp.bfloat16
   layout = None

@@ -1,8 +1,8 @@
 """A Hugging Face folder against its config.json, before any weight is read.
 
 Every tensor that the config asks for is there, with its shape and a type that we read;
-nothing else is; FP8 weights have scales; and the copies of embedding and head in V3's
-MTP layers are copies. The headers are enough for all but the last.
+nothing else is; FP8 weights have scales, which are numbers; and the copies of embedding
+and head in V3's MTP layers are copies. Headers are enough for all but the last two.
 """
 
 import logging
@@ -140,6 +140,7 @@ def _check_tensor(source: Source, name: str, place: Place) -> None:
         f"{where}{HF_SCALE} is {scale.dtype}{list(scale.shape)}, but one FP32 number "
         f"for each 128x128 block is {list(place.scale.shape)}"
       )
+    source.read_scale(name)
   elif entry.dtype not in _FLOATS:
     raise SafetensorsError(
       f"{where} has dtype {entry.dtype}: weights are {', '.join(_FLOATS)}"

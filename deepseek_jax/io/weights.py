@@ -71,8 +71,12 @@ def restore_weights(
   """
   bias = _biases(skeleton)
   fp8 = _kept_fp8(workdir, skeleton.config)
-  if average and fp8:
-    raise ValueError(f"{workdir} is an import, which keeps no moving average")
+  trained = home.read(workdir)
+  if average and (trained.job == "import" or not trained.train.ema_decay):
+    raise ValueError(
+      f"{workdir} keeps no moving average of the weights: export them as they are, "
+      "with checkpoint.average=False"
+    )
   abstract: dict[str, Any] = {
     "params": {p: t for p, t in targets.items() if p not in bias and p not in fp8},
     "bias": {p: t for p, t in targets.items() if p in bias},
