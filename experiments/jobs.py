@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import Config
+from deepseek_jax.data.chat import ChatTokenizer, load_tokenizer
 from deepseek_jax.data.pipeline import make_data
-from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.infer.generate import generate_text
 from deepseek_jax.io import workdir
 from deepseek_jax.io.checkpoint import Restored, restore_newest
@@ -41,7 +41,9 @@ def generate(config: Config, folder: str) -> None:
     raise ValueError("generate.prompts is empty: give some text to complete")
   config = _as_trained(config, source)
   mesh = make_mesh(**dataclasses.asdict(config.mesh))
-  tokenizer = Tokenizer.from_file(source / "tokenizer.json")
+  tokenizer, template = load_tokenizer(source), None
+  if config.generate.chat != "off":
+    template = ChatTokenizer.from_folder(source).template
   skeleton = make_skeleton(config.model)
   dtype = jnp.float32 if config.precision == "fp32" else jnp.bfloat16
   targets = compute_targets(skeleton, mesh, dtype)
@@ -52,6 +54,7 @@ def generate(config: Config, folder: str) -> None:
     tokenizer,
     config.generate.prompts,
     config.generate,
+    template=template,
     mesh=mesh,
     key=key,
   )

@@ -140,15 +140,12 @@ class ChatTokenizer:
         or one of ours for a tokenizer without its special tokens.
     """
     path = Path(folder)
-    settings = read_settings(path)
-    texts = {role: _text(settings, role, path) for role in _ROLES}
-    known = {role: text for role, text in texts.items() if text is not None}
-    roles = {_ROLES[role]: text for role, text in known.items()}
-    tokenizer = Tokenizer.from_file(path / "tokenizer.json", roles)
-    source = folder_template(path, settings) if template is None else template
+    tokenizer, known = _load(path)
+    source = folder_template(path) if template is None else template
     if source is None:
       raise ValueError(
-        f"{path} has no chat template: give one, as deepseek_jax.data.chat.R1"
+        f"{path} has no chat template: put a chat_template.jinja there, or give one, "
+        "as deepseek_jax.data.chat.R1"
       )
     if template in (V3, R1):
       for mark in MARKS:
@@ -163,25 +160,18 @@ class ChatTokenizer:
     return self.tokenizer.encode(self.template.render(messages, **options))
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-  """The content of tokenizer_config.json, empty without that file.
+def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
+  """tokenizer.json with the special tokens that tokenizer_config.json names.
+
+  Without that file they are found by the names in use.
 
   Raises:
-    ValueError: it is not a JSON object.
+    FileNotFoundError, ValueError: as `ChatTokenizer.from_folder`.
   """
-  path = folder / "tokenizer_config.json"
-  if not path.exists():
-    return {}
-  try:
-    settings = json.loads(path.read_text("utf-8"))
-  except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-    raise ValueError(f"{path} is not JSON: {error}") from None
-  if not isinstance(settings, dict):
-    raise ValueError(f"{path} is not a JSON object")
-  return settings
+  return _load(Path(folder))[0]
 
 
-def folder_template(folder: Path, settings: dict[str, Any]) -> str | None:
+def folder_template(folder: Path) -> str | None:
   """The folder's own template: its own file first, then tokenizer_config.json's.
 
   Of several named ones it is `default`.
@@ -189,7 +179,7 @@ def folder_template(folder: Path, settings: dict[str, Any]) -> str | None:
   file = folder / "chat_template.jinja"
   if file.exists():
     return file.read_text("utf-8")
-  found = settings.get("chat_template")
+  found = _settings(folder).get("chat_template")
   if isinstance(found, list):
     try:
       named = {entry["name"]: entry["template"] for entry in found}
@@ -201,6 +191,29 @@ def folder_template(folder: Path, settings: dict[str, Any]) -> str | None:
   if found is not None and not isinstance(found, str):
     raise ValueError(f"{folder}/tokenizer_config.json: chat_template is not a text")
   return found
+
+
+def _load(folder: Path) -> tuple[Tokenizer, dict[str, str]]:
+  """The tokenizer, and the texts of bos_token and so on that its folder says."""
+  settings = _settings(folder)
+  texts = {role: _text(settings, role, folder) for role in _ROLES}
+  known = {role: text for role, text in texts.items() if text is not None}
+  roles = {_ROLES[role]: text for role, text in known.items()}
+  return Tokenizer.from_file(folder / "tokenizer.json", roles), known
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+  """The content of tokenizer_config.json, empty without that file."""
+  path = folder / "tokenizer_config.json"
+  if not path.exists():
+    return {}
+  try:
+    settings = json.loads(path.read_text("utf-8"))
+  except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    raise ValueError(f"{path} is not JSON: {error}") from None
+  if not isinstance(settings, dict):
+    raise ValueError(f"{path} is not a JSON object")
+  return settings
 
 
 def _text(settings: dict[str, Any], role: str, folder: Path) -> str | None:

@@ -5,7 +5,9 @@
 
 The model, its precision and its tokenizer come from the workdir; only `generate.*`
 and `seed` are used from here. `--config.generate.checkpoint` names another training
-workdir, when `--workdir` is to receive the samples only.
+workdir, when `--workdir` is to receive the samples only. Models that were trained to
+answer want `--config.generate.chat=template`, which puts prompts into the chat template
+of an imported tokenizer, or `thinking`, which opens the answer with `<think>` as well.
 """
 
 from ml_collections import ConfigDict
