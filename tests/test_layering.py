@@ -54,6 +54,7 @@ WITHOUT_JAX = (
   "deepseek_jax.config",
   "deepseek_jax.dense_config",
   "deepseek_jax.presets",
+  "deepseek_jax.parallel.eplb",
   "deepseek_jax.parallel.schedule",
   "deepseek_jax.planner",
 )

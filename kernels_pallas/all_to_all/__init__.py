@@ -7,8 +7,10 @@ transpose, and differentiates as such.
 
     route = plan_ranks(experts_MA // experts_per_rank, rows, axis)     # training
     route = plan_experts(experts_MA, experts_per_rank, capacity, axis)  # decoding
-    y_CD = dispatch(x_MD, route)    # or send_rows for several arrays, FP8 and scales
-    x_MD = combine(y_CD, route)     # of y = dispatch(x): x times its copies
+    y_CD, gates_CA = dispatch((x_MD, gates_MA), route)  # one array or several
+    out_MD = combine(y_CD, route)  # with nothing between: x times its copies
+
+`send_rows` is the transport below them, for FP8 codes and scales.
 
 Received rows stand by bin, source rank, token (see `route.py`). What follows the last
 of a bin is unspecified, NaN included: mask by `route.counts_L`. `route.overflow` must be
@@ -32,6 +34,7 @@ buffer, L bins of one rank.
 import functools
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,40 +102,53 @@ def send_rows(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def dispatch(x_MD: jax.Array, route: Route, impl: str | None = None) -> jax.Array:
-  """Sends each token to its ranks or experts: [C, D]. The transpose of `combine`."""
-  (out,) = send_rows(
-    [x_MD],
+def dispatch(values: Any, route: Route, impl: str | None = None) -> Any:
+  """Sends each token to its ranks or experts, the transpose of `combine`.
+
+  Args:
+    values: an array [M, ...] or a tree of them, sent together: tokens, and beside them
+      what travels with them, such as gates and experts. Integers have no gradient.
+    route: as `plan_ranks` or `plan_experts` made it.
+    impl: as for `send_rows`.
+
+  Returns:
+    `values` with C rows for M; those that `route.is_filled()` denies are unspecified.
+  """
+  leaves, tree = jax.tree.flatten(values)
+  received = send_rows(
+    leaves,
     route.address_MA,
-    x_MD.shape[0],
+    route.address_MA.shape[0],
     route.counts_L.sum(),
     rows=route.rows,
     axis=route.axis,
     impl=impl,
   )
-  return out
+  return jax.tree.unflatten(tree, received)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def combine(y_CD: jax.Array, route: Route, impl: str | None = None) -> jax.Array:
-  """Brings rows home and sums each token's, in FP32: [M, D] in y's dtype.
+def combine(values: Any, route: Route, impl: str | None = None) -> Any:
+  """Brings rows home and sums each token's, the transpose of `dispatch`.
 
-  The transpose of `dispatch`; rows that nobody sent here reach nothing.
+  Args:
+    values: an array [C, ...] of floats or a tree of them; rows that nobody sent here
+      reach nothing.
+    route, impl: as for `dispatch`.
+
+  Returns:
+    `values` with M rows for C, summed in FP32, in the dtypes of `values`.
   """
-  home_PD = bring_home(y_CD, route, impl)
-  wide = jnp.promote_types(y_CD.dtype, jnp.float32)
-  # Negative rows would count from the end; the row past the end is a zero.
-  home_MA = jnp.where(route.home_MA < 0, route.home_rows, route.home_MA)
-  out_MD = jnp.zeros((home_MA.shape[0], y_CD.shape[1]), wide)
-  for a in range(home_MA.shape[1]):
-    out_MD += home_PD.at[home_MA[:, a]].get(mode="fill", fill_value=0).astype(wide)
-  return out_MD.astype(y_CD.dtype)
+  return jax.tree.map(
+    functools.partial(_sum_copies, route=route), bring_home(values, route, impl)
+  )
 
 
-def bring_home(y_CD: jax.Array, route: Route, impl: str | None = None) -> jax.Array:
+def bring_home(values: Any, route: Route, impl: str | None = None) -> Any:
   """`combine` before its sum: row `route.home_MA[m, a]` is copy a of token m."""
-  (home_PD,) = send_rows(
-    [y_CD],
+  leaves, tree = jax.tree.flatten(values)
+  home = send_rows(
+    leaves,
     route.return_R[:, None],
     route.counts_L.sum(),
     (route.home_MA >= 0).sum(),
@@ -141,25 +157,48 @@ def bring_home(y_CD: jax.Array, route: Route, impl: str | None = None) -> jax.Ar
     source_M=route.source_R,
     impl=impl,
   )
-  return home_PD
+  return jax.tree.unflatten(tree, home)
 
 
-def _dispatch_forward(x_MD, route, impl):
-  return dispatch(x_MD, route, impl), route
+def _sum_copies(home: jax.Array, *, route: Route) -> jax.Array:
+  wide = jnp.promote_types(home.dtype, jnp.float32)
+  # Negative rows would count from the end; the row past the end is a zero.
+  home_MA = jnp.where(route.home_MA < 0, route.home_rows, route.home_MA)
+  out = jnp.zeros((home_MA.shape[0], *home.shape[1:]), wide)
+  for a in range(home_MA.shape[1]):
+    out += home.at[home_MA[:, a]].get(mode="fill", fill_value=0).astype(wide)
+  return out.astype(home.dtype)
 
 
-def _dispatch_backward(impl, route, g_CD):
-  return combine(g_CD, route, impl), _no_gradient(route)
+def _dispatch_forward(values, route, impl):
+  return dispatch(values, route, impl), (route, values)
 
 
-def _combine_forward(y_CD, route, impl):
-  return combine(y_CD, route, impl), route
+def _dispatch_backward(impl, residuals, gradients):
+  route, values = residuals
+  leaves, tree = jax.tree.flatten(gradients)
+  real = [g for g in leaves if g.dtype != jax.dtypes.float0]
+  summed = iter(combine(real, route, impl) if real else [])
+  inputs = jax.tree.leaves(values)
+  back = [
+    np.zeros(x.shape, g.dtype) if g.dtype == jax.dtypes.float0 else next(summed)
+    for x, g in zip(inputs, leaves)
+  ]
+  return jax.tree.unflatten(tree, back), _no_gradient(route)
 
 
-def _combine_backward(impl, route, g_MD):
+def _combine_forward(values, route, impl):
+  return combine(values, route, impl), route
+
+
+def _combine_backward(impl, route, gradients):
   # Rows that nobody sent had no part in the sum: their gradient is 0, not unspecified.
-  g_CD = dispatch(g_MD, route, impl)
-  return jnp.where(route.is_filled()[:, None], g_CD, 0), _no_gradient(route)
+  def zero_elsewhere(g):
+    filled = route.is_filled().reshape(-1, *[1] * (g.ndim - 1))
+    return jnp.where(filled, g, 0)
+
+  sent = dispatch(gradients, route, impl)
+  return jax.tree.map(zero_elsewhere, sent), _no_gradient(route)
 
 
 dispatch.defvjp(_dispatch_forward, _dispatch_backward)

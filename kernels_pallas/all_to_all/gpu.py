@@ -13,14 +13,15 @@ waits for all. Before the kernel starts, XLA lets all devices of the mesh meet o
 streams: until then a peer may still use the memory that is to become its receive
 buffer. So every device of the mesh must come to this call, on the axis or not.
 
-Works among GPUs of one process, with rows of whole 16 bytes. NVLink multicast is not
-used.
+Works among GPUs of one process. Rows are padded to whole 16 bytes, which costs a copy
+where they are not. NVLink multicast is not used.
 
 Shape suffixes: M entries, A copies of a row, C rows received, W width of a row.
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -43,21 +44,21 @@ class Layout:
   rings: int = 4
   stages: int = 16
 
-  def fit(self, row_bytes: int) -> int:
-    """Stages of a ring: what shared memory and barriers allow."""
-    room = _SHARED_BYTES // (self.rings * row_bytes)
-    return min(self.stages, room, _BARRIERS // self.rings)
+  def fit(self, row_bytes: int) -> "Layout":
+    """What shared memory and barriers allow: fewer stages, then fewer rings."""
+    rings = max(1, min(self.rings, _SHARED_BYTES // (_FEWEST_STAGES * row_bytes)))
+    room = _SHARED_BYTES // (rings * row_bytes)
+    stages = min(self.stages, room, _BARRIERS // rings)
+    return Layout(self.sms, rings, stages)
 
 
 def unsupported(values: Sequence[jax.Array]) -> str | None:
   """Why this kernel cannot send such rows, or None when it can."""
   if jax.process_count() > 1:
     return "sends among GPUs of one process"
-  sizes = [_row_bytes(value) for value in values]
-  if any(size % _COPY_BYTES for size in sizes):
-    return f"sends rows of whole {_COPY_BYTES} bytes, got {sizes}: pad them"
-  if Layout().fit(sum(sizes)) < _FEWEST_STAGES:
-    return f"holds rows in shared memory, {sum(sizes)} bytes are too wide: split them"
+  row_bytes = sum(_row_bytes(value) for value in values)
+  if Layout().fit(row_bytes).stages < _FEWEST_STAGES:
+    return f"holds rows in shared memory, {row_bytes} bytes are too wide: split them"
   return None
 
 
@@ -77,17 +78,17 @@ def send_rows(
   `layout` is for tuning, `interpret` for tests.
   """
   del received  # the semaphore counts senders, not rows
-  layout = layout or Layout()
-  flat = [value.reshape(value.shape[0], -1) for value in values]
-  stages = layout.fit(sum(_row_bytes(value) for value in flat))
+  flat = [_padded(value) for value in values]
+  layout = (layout or Layout()).fit(sum(_row_bytes(value) for value in flat))
+  ring_slots = layout.rings * layout.stages
   sources = [] if source_M is None else [source_M]
   run = plgpu.kernel(
-    functools.partial(_send, len(flat), layout, stages, rows, axis),
+    functools.partial(_send, len(flat), layout, rows, axis),
     out_type=[jax.ShapeDtypeStruct((rows, v.shape[1]), v.dtype) for v in flat],
     scratch_types=[
-      [plgpu.SMEM((layout.rings, stages, v.shape[1]), v.dtype) for v in flat],
-      plgpu.Barrier(num_arrivals=len(flat), num_barriers=layout.rings * stages),
-      plgpu.Barrier(num_arrivals=1, num_barriers=layout.rings * stages),
+      [plgpu.SMEM((layout.rings, layout.stages, v.shape[1]), v.dtype) for v in flat],
+      plgpu.Barrier(num_arrivals=len(flat), num_barriers=ring_slots),
+      plgpu.Barrier(num_arrivals=1, num_barriers=ring_slots),
     ],
     grid=(layout.sms,),
     grid_names=("sm",),
@@ -96,10 +97,13 @@ def send_rows(
     interpret=interpret,
   )
   sent = run(*flat, count.reshape(1), address_MA, *sources)
-  return [out.reshape(rows, *value.shape[1:]) for out, value in zip(sent, values)]
+  return [
+    out[:, : math.prod(value.shape[1:])].reshape(rows, *value.shape[1:])
+    for out, value in zip(sent, values)
+  ]
 
 
-def _send(n_values, layout, stages, rows, axis, *refs):
+def _send(n_values, layout, rows, axis, *refs):
   """The kernel, as a warpgroup runs it: even ones fill rings, odd ones empty them."""
   value_refs, (count_ref, *table_refs) = refs[:n_values], refs[n_values : -n_values - 3]
   out_refs, (slots, filled, free) = refs[-n_values - 3 : -3], refs[-3:]
@@ -110,6 +114,7 @@ def _send(n_values, layout, stages, rows, axis, *refs):
   senders = layout.sms * layout.rings
   sender = lax.axis_index("sm") * layout.rings + ring
   slots = [slot.at[ring] for slot in slots]
+  stages = layout.stages
   lag = stages // 2  # rows on their way out before the oldest must have left its slot
 
   def barrier(array, step):
@@ -211,5 +216,13 @@ def _each_row(table_refs, count, sender, senders, parts, visit):
   return lax.fori_loop(0, n, visit_row, first)[0]
 
 
+def _padded(value: jax.Array) -> jax.Array:
+  """[rows, W] of whole 16 bytes."""
+  flat = value.reshape(value.shape[0], -1)
+  padding = -flat.shape[1] % (_COPY_BYTES // flat.dtype.itemsize)
+  return jnp.pad(flat, ((0, 0), (0, padding))) if padding else flat
+
+
 def _row_bytes(value: jax.Array) -> int:
-  return value.size // value.shape[0] * value.dtype.itemsize
+  width = value.size // value.shape[0] * value.dtype.itemsize
+  return -(-width // _COPY_BYTES) * _COPY_BYTES

@@ -10,6 +10,7 @@ W values of a row.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -72,7 +73,9 @@ def send_rows(
     interpret=interpret,
   )(jnp.stack([count, received]), *tables, *flat)
   return [
-    out.reshape(rows, -1)[:, : value[0].size].reshape(rows, *value.shape[1:])
+    out.reshape(rows, -1)[:, : math.prod(value.shape[1:])].reshape(
+      rows, *value.shape[1:]
+    )
     for out, value in zip(outs, values)
   ]
 

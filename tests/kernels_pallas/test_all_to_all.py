@@ -3,7 +3,7 @@
 Order of rows, once to each rank, an unweighted combine, gradients as transposes.
 
 A body is compiled once for an implementation and a number of ranks, and serves every
-routing. On a machine of n GPUs, `RANKS` are those of 1, 2 and 8 that it has.
+routing.
 """
 
 import functools
@@ -21,7 +21,7 @@ from kernels_pallas.choose import target_platform
 AXIS = "expert"
 M, D = 12, 256  # tokens of a rank; GPU and TPU want rows of whole vectors
 LOCAL, ACTIVE = 3, 3  # experts of a rank, choices of a token
-RANKS = [ranks for ranks in (1, 2, 8) if ranks <= len(jax.devices())]
+RANKS = sorted({1, min(len(jax.devices()), 8)})
 
 
 def on(platform):
@@ -207,6 +207,33 @@ def test_codes_and_scales_travel_together(impl, ranks):
     ):
       assert counts[r] == len(want)
       np.testing.assert_array_equal(got[r, : len(want)], want)
+
+
+def several(impl, ranks, x, gates, experts):
+  """Tokens, gates and experts in one call; gradients of x and gates."""
+  route = plan(experts, ranks)
+  (y, g, e), pull = jax.vjp(
+    lambda x, gates: a2a.dispatch((x, gates, experts), route, impl), x, gates
+  )
+  back_x, back_gates = pull(
+    (poison(2 * y, route), poison(3 * g, route), np.zeros(e.shape, jax.dtypes.float0))
+  )
+  return y, g, e, back_x, back_gates
+
+
+@every_ranks
+@every_impl
+def test_what_travels_beside_tokens(impl, ranks):
+  x, experts = tokens_of(ranks), choices("skewed", ranks)
+  gates = np.random.default_rng(3).uniform(size=experts.shape).astype(np.float32)
+  *sent, back_x, back_gates = on_ranks(several, impl, ranks)(x, gates, experts)
+  for got, value in zip(sent, (np.asarray(x), gates, experts)):
+    got = np.asarray(got).reshape(ranks, ranks * M, -1)
+    for r, want in enumerate(deepep_receive(value, experts, ranks)):
+      np.testing.assert_array_equal(got[r, : len(want)], want)
+  copies = copies_of(experts)  # sums of up to three equal terms in FP32
+  np.testing.assert_allclose(back_x, 2 * copies * np.asarray(x), rtol=2e-7)
+  np.testing.assert_allclose(back_gates, 3 * copies * gates, rtol=4e-7)
 
 
 def decoding(impl, ranks, x, experts, gates):

@@ -49,7 +49,7 @@ def test_rings_interpreted(one_rank, tokens, count, copies, layout):
   rng, rows = np.random.default_rng(0), 3 * tokens
   values = [
     jnp.asarray(rng.normal(size=(tokens, width)), dtype)
-    for width, dtype in ((128, jnp.float32), (32, jnp.bfloat16))
+    for width, dtype in ((128, jnp.float32), (6, jnp.bfloat16))
   ]
   address = rng.permutation(rows)[: tokens * copies].reshape(tokens, copies)
   address[rng.uniform(size=address.shape) < 0.3] = -1
@@ -154,6 +154,16 @@ def test_rows_that_the_kernel_refuses():
   def rows(width, dtype=jnp.float32):
     return jax.ShapeDtypeStruct((4, width), dtype)
 
-  assert gpu.unsupported([rows(7168, jnp.float8_e4m3fn), rows(56)]) is None
-  assert "whole 16 bytes, got [12]" in str(gpu.unsupported([rows(3)]))
-  assert "too wide" in str(gpu.unsupported([rows(16384)]))
+  assert gpu.unsupported([rows(7168, jnp.float8_e4m3fn), rows(56), rows(3)]) is None
+  assert gpu.unsupported([rows(7168, jnp.bfloat16)]) is None
+  assert gpu.unsupported([rows(7168)]) is None
+  assert "too wide" in str(gpu.unsupported([rows(3 * 7168)]))
+
+
+@pytest.mark.parametrize("row_bytes", [16, 7168 + 224, 14336, 28672, 70000])
+def test_rings_fit_shared_memory(row_bytes):
+  fitted = gpu.Layout().fit(row_bytes)
+  assert fitted.rings * fitted.stages * row_bytes <= 227 * 1024
+  assert fitted.rings * fitted.stages <= 32
+  assert fitted.stages >= 3
+  assert fitted.sms == gpu.Layout().sms
