@@ -124,7 +124,7 @@ def quantize_columns(
 ) -> Quantized:
   """Quantises by 128x1 tiles and transposes: q_KM, s_mK. Else as quantize_rows."""
   _check(x_MK, "quantize_columns")
-  module = _implementation(impl, x_MK, by_rows=False, by_columns=True)
+  module = _implementation(impl, x_MK, by_columns=True)
   return module.quantize_columns(x_MK, power_of_two, dtype, rows)
 
 
@@ -159,7 +159,7 @@ def requantize_columns(
   Returns:
     q_KM, s_mK.
   """
-  module = _implementation(impl, q_MK, by_rows=False, by_columns=True)
+  module = _implementation(impl, q_MK, by_columns=True)
   return module.requantize_columns(q_MK, s_kM, power_of_two, dtype, rows)
 
 

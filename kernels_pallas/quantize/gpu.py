@@ -1,7 +1,7 @@
 """Quantisation on NVIDIA Hopper: what `gpu_tiles` writes for each operation.
 
-Takes BF16. K and M are multiples of 16 where codes are written along them (TMA), F of
-SwiGLU of 128. What is left to XLA: FP32 inputs, E5M6, and dh unquantised.
+Takes BF16; K is a multiple of 64, M of 8, or of 64 where columns are written, and
+SwiGLU's F of 128. XLA does the rest: FP32 inputs, E5M6, and dh unquantised.
 
 Shapes: M rows, K columns, Z dispatched rows, F hidden; a lower-case letter is that
 dimension divided by 128, rounded up.
@@ -11,15 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.quantize import gpu_blocks, reference
-from kernels_pallas.quantize.gpu_tiles import Direction, quantize_tiles
+from kernels_pallas.quantize.gpu_tiles import Output, quantize_tiles
 from kernels_pallas.quantize.reference import TILE, Quantized
 
-_ALIGNMENT = 16  # bytes, of what TMA strides over: codes of one byte
+_BOX = (8, 64)  # rows and columns of what TMA copies, by the layout in shared memory
 _LOG2_E = 1.4426950408889634
 
 
 def unsupported(
-  *matrices, by_rows: bool = True, by_columns: bool = False, halves: bool = False
+  *matrices, by_columns: bool = False, halves: bool = False
 ) -> str | None:
   """Why these kernels cannot quantise these matrices so, or None when they can."""
   for x in matrices:
@@ -28,11 +28,33 @@ def unsupported(
   M, K = matrices[0].shape[-2:]
   if halves and K % (2 * TILE):
     return f"needs F a multiple of {TILE}, got F={K // 2}"
-  if K % (_ALIGNMENT if by_rows else 8):
-    return f"needs a number of columns that is a multiple of {_ALIGNMENT}, got {K}"
-  if by_columns and M % _ALIGNMENT:
-    return f"needs a number of rows that is a multiple of {_ALIGNMENT}, got {M}"
+  if K % _BOX[1]:
+    return f"needs a number of columns that is a multiple of {_BOX[1]}, got {K}"
+  if M % _BOX[by_columns]:
+    return f"needs a number of rows that is a multiple of {_BOX[by_columns]}, got {M}"
   return None
+
+
+def _sigmoid(a):
+  """By the special function unit; the reciprocal as that of a root, squared."""
+  root = jax.lax.rsqrt(1.0 + jnp.exp2(a * -_LOG2_E))
+  return root * root
+
+
+def _swiglu(tiles, gate):
+  a, u = tiles[:2]
+  y = a * _sigmoid(a) * u
+  return [y if gate is None else y * gate], None
+
+
+def _swiglu_backward(tiles, gate):
+  """Gradients of both halves of h, and the terms of the gate's."""
+  a, u, dy = tiles
+  sigmoid = _sigmoid(a)
+  silu = a * sigmoid
+  term = dy * silu * u
+  dy = dy if gate is None else dy * gate
+  return [dy * u * sigmoid * (1.0 + a * (1.0 - sigmoid)), dy * silu], term
 
 
 def _plain(tiles, gate):
@@ -40,7 +62,7 @@ def _plain(tiles, gate):
   return tiles, None
 
 
-_PLAIN = Direction(((_plain, 1),))
+_PLAIN, _SWIGLU = [Output(_plain, 1)], [Output(_swiglu, 1)]
 
 
 def _quantize(x_MK, by_rows, by_columns, power_of_two, dtype, rows, interpret):
@@ -59,12 +81,12 @@ def _quantize(x_MK, by_rows, by_columns, power_of_two, dtype, rows, interpret):
 
 
 def quantize_rows(x_MK, power_of_two, dtype, rows=None, interpret=None) -> Quantized:
-  [out] = _quantize(x_MK, _PLAIN, None, power_of_two, dtype, rows, interpret)
+  [out] = _quantize(x_MK, _PLAIN, [], power_of_two, dtype, rows, interpret)
   return out
 
 
 def quantize_columns(x_MK, power_of_two, dtype, rows=None, interpret=None) -> Quantized:
-  [out] = _quantize(x_MK, None, _PLAIN, power_of_two, dtype, rows, interpret)
+  [out] = _quantize(x_MK, [], _PLAIN, power_of_two, dtype, rows, interpret)
   return out
 
 
@@ -90,13 +112,12 @@ def swiglu_quantize(
   h_Z2F, gate_Z, both: bool, power_of_two, dtype, rows=None, interpret=None
 ) -> Quantized | tuple[Quantized, Quantized]:
   F = h_Z2F.shape[1] // 2
-  direction = Direction(((_swiglu, 1),))
   q_rows, q_columns, _ = quantize_tiles(
     [(h_Z2F, 0), (h_Z2F, F // TILE)],
     gate_Z,
     rows,
-    direction,
-    direction if both else None,
+    _SWIGLU,
+    _SWIGLU if both else [],
     columns=F,
     power_of_two=power_of_two,
     dtype=dtype,
@@ -117,13 +138,13 @@ def swiglu_quantize_backward(
   interpret=None,
 ) -> tuple:
   F = dy_ZF.shape[1]
-  y = ((_swiglu, 1),) if with_y else ()
+  gradients = [Output(_swiglu_backward, 2)]
   q_rows, q_columns, terms_fZ = quantize_tiles(
     [(h_Z2F, 0), (h_Z2F, F // TILE), (dy_ZF, 0)],
     gate_Z,
     rows,
-    Direction(((_swiglu_backward, 2),)),
-    Direction(((_swiglu_backward, 2), *y)),
+    gradients,
+    gradients + (_SWIGLU if with_y else []),
     columns=F,
     sums=gate_Z is not None,
     power_of_two=power_of_two,
@@ -140,25 +161,3 @@ def swiglu_quantize_backward(
     q_columns[1] if with_y else None,
     dh_Z2F,
   )
-
-
-def _sigmoid(a):
-  """By the special function unit; the reciprocal as that of a root, squared."""
-  root = jax.lax.rsqrt(1.0 + jnp.exp2(a * -_LOG2_E))
-  return root * root
-
-
-def _swiglu(tiles, gate):
-  a, u = tiles[:2]
-  y = a * _sigmoid(a) * u
-  return [y if gate is None else y * gate], None
-
-
-def _swiglu_backward(tiles, gate):
-  """Gradients of both halves of h, and the terms of the gate's."""
-  a, u, dy = tiles
-  sigmoid = _sigmoid(a)
-  silu = a * sigmoid
-  term = dy * silu * u
-  dy = dy if gate is None else dy * gate
-  return [dy * u * sigmoid * (1.0 + a * (1.0 - sigmoid)), dy * silu], term

@@ -1,8 +1,8 @@
 """128x128 blocks of weights on Hopper, codes of both layouts in one pass.
 
-A thread block owns one 128x128 block of one expert. Each of its two warpgroups finds
-the largest magnitude of the whole block, then writes its half of the codes along rows,
-and along the transpose. See `gpu_tiles` for what is common.
+Each of the four warpgroups finds the largest magnitude of 32 rows of a block; they
+exchange these through shared memory, then each writes 32 rows of codes, and 32 of the
+transpose's.
 
 Shapes: E experts, K rows of a weight, N columns; a lower-case letter is that dimension
 divided by 128, rounded up.
@@ -14,8 +14,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.quantize import gpu_tiles as tiles
-from kernels_pallas.quantize import reference
+from kernels_pallas.quantize import gpu_arithmetic as arithmetic
+from kernels_pallas.quantize.gpu_arithmetic import BY_COLUMN, BY_ROW, STEP, Codes
+from kernels_pallas.quantize.gpu_ring import WARPGROUPS, Source, for_each_tile, swizzled
+from kernels_pallas.quantize.gpu_tiles import read
 from kernels_pallas.quantize.reference import TILE, Quantized
 
 
@@ -25,69 +27,66 @@ def quantize_blocks(
   """(q_EKN, s_Ekn), (q_ENK, s_Enk) of BF16 weights."""
   E, K, N = w_EKN.shape
   k, n = pl.cdiv(K, TILE), pl.cdiv(N, TILE)
-  codes = tiles.Codes(jnp.dtype(dtype), power_of_two, interpreted=interpret is not None)
+  codes = Codes(jnp.dtype(dtype), power_of_two, interpreted=interpret is not None)
 
-  def body(w_ref, q_ref, qt_ref, s_ref, block, staging, maxima, loaded):
-    e, i, j = (lax.axis_index(name) for name in ("e", "k", "n"))
-    share = tiles.share()
-    at = pl.ds(i * TILE + share, tiles.SHARE), pl.ds(j * TILE, TILE)
-    plgpu.copy_gmem_to_smem(
-      w_ref.at[(e, *at)], block.at[pl.ds(share, tiles.SHARE)], loaded
-    )
-    plgpu.barrier_wait(loaded)
-    s = _scale_of(block, maxima.at[lax.axis_index("warpgroup")], codes)
-    s_ref[e, i, j] = s
-    for transposed, out_ref in ((False, q_ref), (True, qt_ref)):
-      across, along = (j, i) if transposed else (i, j)
+  def block_at(e, i, j):
+    return e, pl.ds(i * TILE, TILE), pl.ds(j * TILE, TILE)
 
-      def step(
-        t, _, transposed=transposed, out_ref=out_ref, across=across, along=along
-      ):
-        start = share + t * tiles.STEP
-        at = pl.ds(across * TILE + start, tiles.STEP), pl.ds(along * TILE, TILE)
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-        slot = staging.at[lax.axis_index("warpgroup"), t]
-        x = tiles.read(block, start, transposed)
-        slot[...] = tiles.divide(x, s, codes).astype(dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(slot, out_ref.at[(e, *at)])
+  def compute(place, t, tiles, _, out_refs, scratch):
+    (e, i, j), [block], (q_ref, qt_ref, s_ref) = place, tiles, out_refs
+    staging, maxima, known = scratch
+    warpgroup = lax.axis_index("warpgroup")
+    start = warpgroup * STEP
+    s = _scale(block, start, maxima.at[lax.rem(t, 2)], known, codes)
 
-      lax.fori_loop(0, tiles.SHARE // tiles.STEP, step, None)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    @pl.when(warpgroup == 0)
+    def store_scale():
+      s_ref[e, i, j] = s
 
-  q_EKN, q_ENK, s_Ekn = plgpu.kernel(
-    body,
-    out_type=(
+    s = plgpu.layout_cast(jnp.full((STEP,), s), BY_ROW)
+    r = arithmetic.reciprocals(s, codes)
+    for transposed, out_ref, row, column in ((0, q_ref, i, j), (1, qt_ref, j, i)):
+      plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+      slot = staging.at[warpgroup, transposed]
+      x = read(block, start, 0, TILE, bool(transposed))
+      slot[...] = arithmetic.divide(x, s, r, codes).astype(dtype)
+      plgpu.commit_smem()
+      at = pl.ds(row * TILE + start, STEP), pl.ds(column * TILE, TILE)
+      plgpu.copy_smem_to_gmem(slot, out_ref.at[(e, *at)])
+
+  q_EKN, q_ENK, s_Ekn = for_each_tile(
+    compute,
+    (E, k, n),
+    [Source(w_EKN, (TILE, TILE), block_at)],
+    [],
+    [
       jax.ShapeDtypeStruct((E, K, N), dtype),
       jax.ShapeDtypeStruct((E, N, K), dtype),
       jax.ShapeDtypeStruct((E, k, n), jnp.float32),
-    ),
-    scratch_types=[
-      tiles.swizzled((TILE, TILE), jnp.bfloat16, 64),
-      tiles.swizzled((tiles.WARPGROUPS, 2, tiles.STEP, TILE), dtype, 128),
-      plgpu.SMEM((tiles.WARPGROUPS, tiles.STEP), jnp.float32),
-      plgpu.Barrier(num_arrivals=tiles.WARPGROUPS),
     ],
-    grid=(E, k, n),
-    grid_names=("e", "k", "n"),
-    num_threads=tiles.WARPGROUPS,
-    thread_name="warpgroup",
-    interpret=interpret,
-  )(w_EKN)
+    [
+      swizzled((WARPGROUPS, 2, STEP, TILE), dtype),
+      plgpu.SMEM((2, TILE), jnp.float32),
+      plgpu.Barrier(num_arrivals=WARPGROUPS),
+    ],
+    WARPGROUPS * 2 * STEP * TILE + 2 * TILE * 4,
+    interpret,
+  )
   return (q_EKN, s_Ekn), (q_ENK, s_Ekn.swapaxes(1, 2))
 
 
-def _scale_of(block, maxima, codes: tiles.Codes) -> jax.Array:
-  """The scale of a whole block; each warpgroup finds it for itself.
+def _scale(block, start, maxima, known, codes: Codes) -> jax.Array:
+  """The scale of a block, of which each warpgroup looks at 32 rows.
 
-  Rows live in different warps, so the last of the reduction goes through the shared
-  memory `maxima`, of this warpgroup alone.
+  `maxima` takes the largest magnitude of each row. Blocks use its two copies in turn:
+  nobody writes to one before all have passed the barrier of the block after, and with
+  that have read it.
   """
-  largest = jnp.abs(tiles.read(block, 0, False))
-  for start in range(tiles.STEP, TILE, tiles.STEP):
-    largest = jnp.maximum(largest, jnp.abs(tiles.read(block, start, False)))
-  maxima[...] = tiles.amax(largest, 1, codes)
-  of_rows = plgpu.load(maxima, layout=tiles.LAYOUT.reduce(0))
-  magnitude = jnp.full(of_rows.shape, tiles.amax(of_rows, 0, codes))
-  limit = float(jnp.finfo(codes.dtype).max)
-  return jnp.max(reference.scales(magnitude, limit, codes.power_of_two))
+  rows = arithmetic.amax(read(block, start, 0, TILE, False), 1, codes)
+  maxima[pl.ds(start, STEP)] = rows
+  plgpu.barrier_arrive(known)
+  plgpu.barrier_wait(known)
+  rows = plgpu.load(maxima, layout=BY_COLUMN)
+  magnitude = jnp.full(rows.shape, arithmetic.amax(rows, 0, codes))
+  magnitude = plgpu.layout_cast(magnitude, BY_COLUMN)
+  return jnp.max(arithmetic.scales(magnitude, codes, BY_COLUMN))

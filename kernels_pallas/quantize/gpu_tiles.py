@@ -1,17 +1,11 @@
-"""The Mosaic GPU kernel behind every tile quantiser on Hopper.
+"""1x128 and 128x1 tiles on Hopper: the kernel behind every tile quantiser.
 
-A thread block owns one 128x128 tile of positions. TMA brings the sources' tiles to
-shared memory; two warpgroups then walk over them in steps of 32, once along rows and,
-where columns are wanted too, once more along the transpose, which `ldmatrix` reads
-transposed: in either direction a tile of 128 values is a row, four lanes hold it, and
-four consecutive codes of the output come from one lane pair. So the two directions are
-one piece of code, and what is computed from the sources (SwiGLU) is computed twice
-rather than transposed in FP32. Codes leave through shared memory by TMA, which also
-pads ragged edges with zeros on the way in and drops them on the way out. Several thread
-blocks on an SM hide each other's latencies.
-
-x / s is rounded once in FP32, at the price of a product and two fused multiply-adds: a
-quotient from the reciprocal, and one correction by its exact remainder.
+A 128x128 tile of each source lies in shared memory (`gpu_ring`). Each of the four
+warpgroups takes 32 of its rows and, where columns are wanted too, 32 rows of its
+transpose, which `ldmatrix` reads transposed: in either direction a tile of 128 values
+is a row, and four lanes hold it. So one piece of code serves both, and what is computed
+from the sources (SwiGLU) is computed twice rather than transposed in FP32. Ragged edges
+are padded with zeros by TMA on the way in and dropped on the way out.
 
 Shapes: M rows, K columns; a lower-case letter is that dimension divided by 128,
 rounded up. V is the number of values computed at each position.
@@ -26,57 +20,33 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.extend.mlir.dialects import math as mlir_math
 
-from kernels_pallas.quantize import reference
+from kernels_pallas.quantize import gpu_arithmetic as arithmetic
+from kernels_pallas.quantize.gpu_arithmetic import LAYOUT, STEP, Codes
+from kernels_pallas.quantize.gpu_ring import WARPGROUPS, Source, for_each_tile, swizzled
 from kernels_pallas.quantize.reference import TILE, Quantized
 
-STEP = 32  # rows, or columns of the transpose, that a warpgroup takes at once
-WARPGROUPS = 2
-ORDER = ("m", "k")  # of tiles; the last is the fastest
-SHARE = TILE // WARPGROUPS  # of a tile's rows, for one warpgroup
-
-# A warp holds 8 of a step's 32 rows; lanes, 4 to a row, hold pairs of neighbours.
-LAYOUT = plgpu.Layout.TILED(
-  plgpu.Tiling(((STEP, 8), (8, 8), (2,))),
-  warp_dims=(-5,),
-  lane_dims=(-3, -2),
-  vector_dim=-1,
-)
+_CHUNK = 64  # columns computed at once, to need few registers
 
 
 @dataclasses.dataclass(frozen=True)
-class Direction:
-  """What to write along rows, or along columns.
+class Output:
+  """What to quantise: V values side by side (or, of the transpose, below each other).
 
-  `values(tiles, gate)` makes the FP32 values [32, 128] to quantise from those of the
-  sources and of the gate, and a value to sum along rows or None. Values side by side
-  make an output: `outputs` counts them. `passes` splits the outputs where registers do
-  not hold the values of all; each pass computes from the sources anew.
+  `values(tiles, gate)` makes them in FP32 from the sources' values and the gate's, and
+  with them what to sum along rows, or None.
   """
 
-  passes: tuple[tuple[Callable, int], ...]
-
-  @property
-  def outputs(self) -> tuple[int, ...]:
-    return tuple(count for _, count in self.passes)
-
-
-@dataclasses.dataclass(frozen=True)
-class Codes:
-  """How codes are made."""
-
-  dtype: Any
-  power_of_two: bool
-  interpreted: bool  # on a machine without a GPU
+  values: Callable[..., tuple[list[jax.Array], jax.Array | None]]
+  V: int
 
 
 def quantize_tiles(
   sources: Sequence[tuple[jax.Array, int]],
   gate_M: jax.Array | None,
   rows: jax.Array | int | None,
-  by_rows: Direction | None,
-  by_columns: Direction | None,
+  by_rows: Sequence[Output],
+  by_columns: Sequence[Output],
   *,
   columns: int,
   sums: bool = False,
@@ -92,216 +62,162 @@ def quantize_tiles(
     rows: number of valid rows, or None.
     by_rows, by_columns: what to write in either direction.
     columns: K, of a source and of each value.
-    sums: whether the first value function's second result is summed along each row.
+    sums: whether the sums of by_rows[0] are wanted.
 
   Returns:
-    Quantised outputs along rows (V K columns), along columns (V K rows), and the sums.
+    Quantised outputs along rows (V K columns), along columns (V K rows), and for each
+    tile column the sums over its 128 columns, [k, M].
   """
   M, K = sources[0][0].shape[0], columns
   m, k = pl.cdiv(M, TILE), pl.cdiv(K, TILE)
-  args = [array for array, _ in sources]
-  args += [] if gate_M is None else [jnp.pad(gate_M, (0, -M % TILE))]
-  args += [] if rows is None else [jnp.asarray(rows, jnp.int32).reshape(1)]
-  row_outputs = by_rows.outputs if by_rows else ()
-  column_outputs = by_columns.outputs if by_columns else ()
-  # Scales are written for whole tiles: M and K rounded up.
-  out = [
-    part
-    for V in row_outputs
-    for part in (
-      jax.ShapeDtypeStruct((M, V * K), dtype),
-      jax.ShapeDtypeStruct((V * k, m * TILE), jnp.float32),
-    )
-  ]
-  out += [
-    part
-    for V in column_outputs
-    for part in (
-      jax.ShapeDtypeStruct((V * K, M), dtype),
-      jax.ShapeDtypeStruct((m, V * k * TILE), jnp.float32),
-    )
-  ]
-  out += [jax.ShapeDtypeStruct((k, m * TILE), jnp.float32)] if sums else []
+  slots = max(2, *(output.V for output in (*by_rows, *by_columns)))
+  per_tile = sum(output.V for output in (*by_rows, *by_columns))
   codes = Codes(jnp.dtype(dtype), power_of_two, interpreted=interpret is not None)
-  slots = max(2, *row_outputs, *column_outputs)
+  out = []  # scales are written for whole tiles
+  for output in by_rows:
+    out.append(jax.ShapeDtypeStruct((M, output.V * K), dtype))
+    out.append(jax.ShapeDtypeStruct((output.V * k, m * TILE), jnp.float32))
+  for output in by_columns:
+    out.append(jax.ShapeDtypeStruct((output.V * K, M), dtype))
+    out.append(jax.ShapeDtypeStruct((m, output.V * k * TILE), jnp.float32))
+  out += [jax.ShapeDtypeStruct((k, m * TILE), jnp.float32)] if sums else []
 
-  def body(*refs):
-    refs = list(refs)
-    inputs = [(refs.pop(0), offset) for _, offset in sources]
-    gate_ref = None if gate_M is None else refs.pop(0)
-    rows_ref = None if rows is None else refs.pop(0)
-    row_refs = [(refs.pop(0), refs.pop(0)) for _ in row_outputs]
-    column_refs = [(refs.pop(0), refs.pop(0)) for _ in column_outputs]
-    sums_ref = refs.pop(0) if sums else None
-    *tiles, staging, loaded = refs
-    tile = _Tile(tiles, gate_ref, rows_ref, staging, slots, k, codes)
-    tile.load(inputs, loaded)
-    if by_rows:
-      tile.write(by_rows, row_refs, sums_ref, transposed=False)
-    if by_columns:
-      tile.write(by_columns, column_refs, None, transposed=True)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+  def compute(place, t, tiles, scalar_refs, out_refs, scratch):
+    i, j = place
+    tile = _Tile(i, j, tiles, gate_M is not None, scalar_refs, k, codes)
+    staging = _Staging(scratch[0], slots, t * per_tile)
+    for n, output in enumerate((*by_rows, *by_columns)):
+      refs = out_refs[2 * n : 2 * n + 2]
+      sums_ref = out_refs[-1] if sums and n == 0 else None
+      tile.write(output, refs, sums_ref, staging, transposed=n >= len(by_rows))
+      staging = dataclasses.replace(staging, used=staging.used + output.V)
 
-  results = plgpu.kernel(
-    body,
-    out_type=out,
-    scratch_types=[
-      *[swizzled((TILE, TILE), jnp.bfloat16, 64) for _ in sources],
-      swizzled((WARPGROUPS, slots, STEP, TILE), dtype, 128),
-      plgpu.Barrier(num_arrivals=WARPGROUPS * len(sources)),
-    ],
-    grid=tuple({"m": m, "k": k}[name] for name in ORDER),
-    grid_names=ORDER,
-    num_threads=WARPGROUPS,
-    thread_name="warpgroup",
-    compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
-    interpret=interpret,
-  )(*args)
-  results = list(results)
-  quantised_rows = [(results.pop(0), results.pop(0)[:, :M]) for _ in row_outputs]
+  results = for_each_tile(
+    compute,
+    (m, k),
+    _sources(sources, gate_M),
+    [] if rows is None else [jnp.asarray(rows, jnp.int32).reshape(1)],
+    out,
+    [swizzled((WARPGROUPS, slots, STEP, TILE), dtype)],
+    WARPGROUPS * slots * STEP * TILE,
+    interpret,
+  )
+  pairs = list(zip(results[::2], results[1::2]))
+  edge = len(by_rows)
+  quantised_rows = [(q, s[:, :M]) for q, s in pairs[:edge]]
   quantised_columns = [
-    (results.pop(0), results.pop(0)[:, : V * K]) for V in column_outputs
+    (q, s[:, : q.shape[0]]) for q, s in pairs[edge : edge + len(by_columns)]
   ]
-  return quantised_rows, quantised_columns, results[0][:, :M] if sums else None
+  return quantised_rows, quantised_columns, results[-1][:, :M] if sums else None
+
+
+def _sources(matrices, gate_M) -> list[Source]:
+  def tile_at(offset):
+    return lambda i, j: (pl.ds(i * TILE, TILE), pl.ds((j + offset) * TILE, TILE))
+
+  sources = [Source(x, (TILE, TILE), tile_at(offset)) for x, offset in matrices]
+  if gate_M is not None:
+    gate_M = jnp.pad(gate_M.astype(jnp.float32), (0, -gate_M.shape[0] % TILE))
+    sources.append(Source(gate_M, (TILE,), lambda i, j: (pl.ds(i * TILE, TILE),)))
+  return sources
+
+
+@dataclasses.dataclass(frozen=True)
+class _Staging:
+  """Slots in shared memory from which TMA stores codes; `used` counts them."""
+
+  ref: Any
+  slots: int
+  used: Any
+
+  def wait_for(self, count: int) -> None:
+    """Until so many slots are free again."""
+    plgpu.wait_smem_to_gmem(self.slots - count, wait_read_only=True)
+
+  def slot(self, index: int):
+    at = lax.rem(self.used + index, self.slots)
+    return self.ref.at[lax.axis_index("warpgroup"), at]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tile:
-  """One thread block's tile, in shared memory."""
+  """One tile, in shared memory, as one warpgroup sees it."""
 
-  sources: Sequence[Any]
-  gate_ref: Any
-  rows_ref: Any
-  staging: Any
-  slots: int
-  k: int
+  m: Any
+  k: Any
+  tiles: Sequence[Any]
+  gated: bool
+  scalar_refs: Sequence[Any]
+  k_tiles: int
   codes: Codes
 
-  def load(self, inputs, loaded) -> None:
-    """Each warpgroup brings its share of rows; both wait for all."""
-    m, k, first = lax.axis_index("m"), lax.axis_index("k"), share()
-    for (ref, offset), smem in zip(inputs, self.sources):
-      at_rows = pl.ds(m * TILE + first, SHARE)
-      at_columns = pl.ds((k + offset) * TILE, TILE)
-      plgpu.copy_gmem_to_smem(
-        ref.at[at_rows, at_columns], smem.at[pl.ds(first, SHARE)], loaded
-      )
-    plgpu.barrier_wait(loaded)
+  def write(self, output: Output, refs, sums_ref, staging, transposed: bool) -> None:
+    """Computes, quantises and stores this warpgroup's share of one output."""
+    q_ref, s_ref = refs
+    start = lax.axis_index("warpgroup") * STEP
+    across, along = (self.k, self.m) if transposed else (self.m, self.k)
+    of_chunk = [
+      output.values(*self._read(start, first, transposed))
+      for first in range(0, TILE, _CHUNK)
+    ]
+    if sums_ref is not None:
+      at = pl.ds(across * TILE + start, STEP)
+      terms = [term for _, term in of_chunk if term is not None]
+      sums_ref[along, at] = jnp.sum(_accumulate(jnp.add, terms), axis=1)
+    staging.wait_for(output.V)
+    for v in range(output.V):
+      chunks = [values[v] for values, _ in of_chunk]
+      # Of the outputs side by side, the v-th begins V K columns or rows further.
+      row, column = (v * self.k_tiles, 0) if transposed else (0, v * self.k_tiles)
+      at = pl.ds((row + across) * TILE + start, STEP)
+      slot = staging.slot(v)
+      s_ref[column + along, at] = self._quantize(chunks, slot)
+      plgpu.commit_smem()
+      plgpu.copy_smem_to_gmem(slot, q_ref.at[at, pl.ds((column + along) * TILE, TILE)])
 
-  def write(self, direction, out_refs, sums_ref, transposed: bool) -> None:
-    """Computes, quantises and stores this warpgroup's share of one direction."""
-    m, k = lax.axis_index("m"), lax.axis_index("k")
-    across, along = (k, m) if transposed else (m, k)
-    for (values_of, count), (q_ref, s_ref) in zip(direction.passes, out_refs):
+  def _quantize(self, chunks: list[jax.Array], slot) -> jax.Array:
+    """Writes the codes of 32 rows, in chunks of columns, and gives their scales."""
+    largest = _accumulate(jnp.maximum, [jnp.abs(x) for x in chunks])
+    s = arithmetic.scales(arithmetic.amax(largest, 1, self.codes), self.codes)
+    r = arithmetic.reciprocals(s, self.codes)
+    for c, x in enumerate(chunks):
+      # The conversion saturates; s is below amax / 448 by no more than a rounding.
+      q = arithmetic.divide(x, s, r, self.codes).astype(self.codes.dtype)
+      slot[:, c * _CHUNK : (c + 1) * _CHUNK] = q
+    return s
 
-      def step(t, _, values_of=values_of, count=count, q_ref=q_ref, s_ref=s_ref):
-        start = share() + t * STEP
-        tiles, gate = self._read(start, transposed)
-        values, summed = values_of(tiles, gate)
-        at = pl.ds(across * TILE + start, STEP)
-        if sums_ref is not None:
-          sums_ref[along, at] = jnp.sum(summed, axis=1)
-        plgpu.wait_smem_to_gmem(self.slots - count, wait_read_only=True)
-        for v, value in enumerate(values):
-          q, s = _quantize(value, self.codes)
-          slot = self.staging.at[
-            lax.axis_index("warpgroup"), lax.rem(t * count + v, self.slots)
-          ]
-          slot[...] = q
-          if transposed:
-            at_v = pl.ds((v * self.k + across) * TILE + start, STEP)
-            s_ref[along, at_v], at_q = s, (at_v, pl.ds(along * TILE, TILE))
-          else:
-            s_ref[v * self.k + along, at] = s
-            at_q = at, pl.ds((v * self.k + along) * TILE, TILE)
-          plgpu.commit_smem()
-          plgpu.copy_smem_to_gmem(slot, q_ref.at[at_q])
-
-      lax.fori_loop(0, SHARE // STEP, step, None)
-
-  def _read(self, start, transposed: bool):
-    """FP32 tiles and gate of one step, with rows that are not valid set to zero."""
-    first_row = lax.axis_index("m") * TILE
-    dimension = 1 if transposed else 0  # that of rows
-    values = [read(source, start, transposed) for source in self.sources]
+  def _read(self, start, first: int, transposed: bool):
+    """FP32 values and gate of 32 rows and a chunk of columns of the tile, or of its
+    transpose, with rows that are not valid set to zero."""
+    shape, dimension = (STEP, _CHUNK), 1 if transposed else 0  # that of M
+    matrices = self.tiles[:-1] if self.gated else self.tiles
+    values = [read(smem, start, first, _CHUNK, transposed) for smem in matrices]
     gate = None
-    if self.gate_ref is not None:
-      at_gate = pl.ds(first_row, TILE) if transposed else pl.ds(first_row + start, STEP)
-      gate = plgpu.load(
-        self.gate_ref.at[at_gate], layout=LAYOUT.reduce(1 - dimension), optimized=False
-      )
-      gate = lax.broadcast_in_dim(gate, (STEP, TILE), (dimension,))
-    if self.rows_ref is not None:
-      row = plgpu.broadcasted_iota(jnp.int32, (STEP, TILE), dimension, layout=LAYOUT)
-      offset = first_row if transposed else first_row + start
-      valid = row < self.rows_ref[0] - offset
+    if self.gated:
+      at = pl.ds(first, _CHUNK) if transposed else pl.ds(start, STEP)
+      gate = plgpu.load(self.tiles[-1].at[at], layout=LAYOUT.reduce(1 - dimension))
+      gate = lax.broadcast_in_dim(gate, shape, (dimension,))
+    if self.scalar_refs:
+      row = plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=LAYOUT)
+      row_of_tile = first if transposed else start
+      valid = row < self.scalar_refs[0][0] - self.m * TILE - row_of_tile
       values = [jnp.where(valid, v, 0.0) for v in values]
       gate = None if gate is None else jnp.where(valid, gate, 0.0)
     return values, gate
 
 
-def share():
-  """The first of the tile's rows that this warpgroup writes."""
-  return lax.axis_index("warpgroup") * SHARE
-
-
-def read(smem, start, transposed: bool) -> jax.Array:
-  """One step of a tile in shared memory, or of its transpose, in FP32."""
-  at = pl.ds(start, STEP)
-  view = smem.at[:, at].transpose((1, 0)) if transposed else smem.at[at]
+def read(smem, start, first: int, columns: int, transposed: bool) -> jax.Array:
+  """FP32 of 32 rows of a tile in shared memory, or of its transpose."""
+  rows, chunk = pl.ds(start, STEP), pl.ds(first, columns)
+  if transposed:
+    view = smem.at[chunk, rows].transpose((1, 0))
+  else:
+    view = smem.at[rows, chunk]
   return plgpu.load(view, layout=LAYOUT).astype(jnp.float32)
 
 
-def amax(x: jax.Array, axis: int, codes: Codes) -> jax.Array:
-  """The largest magnitude along an axis, or NaN."""
-  if codes.interpreted:  # XLA's maximum of floats can lose a NaN on CPU
-    return reference.amax(x, axis)
-  return jnp.max(jnp.abs(x), axis=axis)
-
-
-def _quantize(x: jax.Array, codes: Codes) -> tuple[jax.Array, jax.Array]:
-  """Codes and scales of the rows of x: what reference.quantize_rows does."""
-  limit = float(jnp.finfo(codes.dtype).max)
-  s = reference.scales(amax(x, 1, codes), limit, codes.power_of_two)
-  # The conversion saturates, and s is below amax / 448 by no more than a rounding.
-  return divide(x, s, codes).astype(codes.dtype), s
-
-
-def divide(x: jax.Array, s: jax.Array, codes: Codes) -> jax.Array:
-  """x / s rounded once, with an s for each row or for all; a zero keeps its sign."""
-
-  def spread(a):
-    wide = lax.broadcast_in_dim(a, x.shape, tuple(range(a.ndim)))
-    return wide if codes.interpreted else plgpu.layout_cast(wide, LAYOUT)
-
-  if codes.interpreted:
-    return reference.divide(x, spread(s))
-  reciprocal = 1.0 / s
-  q = x * spread(reciprocal)
-  if codes.power_of_two:
-    return q
-  excess = _fused_multiply_add(q, spread(s), -x)
-  return _fused_multiply_add(excess, spread(-reciprocal), q)
-
-
-def _fused_multiply_add(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
-  """a * b + c rounded once; jnp has no such operation."""
-
-  @plgpu.inline_mgpu(
-    arg_types=(LAYOUT, LAYOUT, LAYOUT),
-    return_type=plgpu.ShapeDtypeStruct(a.shape, jnp.float32, layout=LAYOUT),
-  )
-  def fma(_, a, b, c):
-    return a._pointwise(mlir_math.fma, b, c)
-
-  return fma(a, b, c)
-
-
-def swizzled(shape: tuple[int, ...], dtype, swizzle: int):
-  """Shared memory whose rows TMA spreads over the banks; `swizzle` in bytes."""
-  columns = swizzle // jnp.dtype(dtype).itemsize
-  transforms = (
-    plgpu.TilingTransform((8, columns)),  # pyright: ignore[reportAbstractUsage]
-    plgpu.SwizzleTransform(swizzle),  # pyright: ignore[reportAbstractUsage]
-  )
-  return plgpu.SMEM(shape, dtype, transforms=transforms)
+def _accumulate(op: Callable, arrays: Sequence[jax.Array]) -> jax.Array:
+  result = arrays[0]
+  for array in arrays[1:]:
+    result = op(result, array)
+  return result

@@ -10,6 +10,8 @@ case letter is that dimension divided by 128, rounded up. L is one tile of 128.
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.choose import target_platform
+
 TILE = 128
 MIN_AMAX = 1e-4
 E5M6_MAX = 65024.0  # 2^15 (1 + 63/64)
@@ -167,7 +169,12 @@ def amax(x: jax.Array, axis) -> jax.Array:
 def scales(magnitude: jax.Array, limit: float, power_of_two: bool) -> jax.Array:
   """Scales of tiles of this largest magnitude, for a format whose largest is limit."""
   s = divide(jnp.maximum(magnitude, MIN_AMAX), jnp.float32(limit))
-  if power_of_two:  # up to the next one: a mantissa that is not 0 carries over
+  return finish_scales(s, magnitude, power_of_two)
+
+
+def finish_scales(s: jax.Array, magnitude: jax.Array, power_of_two: bool) -> jax.Array:
+  """Rounds up to powers of two, if wanted, and marks tiles with a NaN or infinity."""
+  if power_of_two:  # a mantissa that is not 0 carries over into the exponent
     bits = jax.lax.bitcast_convert_type(s, jnp.int32)
     bits = (bits + 0x7FFFFF) & 0x7F800000
     s = jax.lax.bitcast_convert_type(bits, jnp.float32)
@@ -180,12 +187,26 @@ def codes(x: jax.Array, s: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
 
 
 def divide(a: jax.Array, b: jax.Array) -> jax.Array:
-  """a / b, rounded once.
+  """a / b, rounded once, whatever XLA makes of a division.
 
-  XLA turns a division by a broadcast value into a product with its reciprocal, whose
-  last bit can differ; it leaves a divisor alone that depends on each element of a.
+  It turns a division by a broadcast value into a product with its reciprocal, but for
+  a divisor that depends on each element of a; that is enough on CPU. GPU and TPU divide
+  to a few units in the last place, so there the quotient is corrected by its remainder.
   """
-  return a / jnp.where(jnp.isnan(a), a, b)
+  if target_platform() == "cpu":
+    return a / jnp.where(jnp.isnan(a), a, b)
+  q = a / b
+  (q_hi, q_lo), (b_hi, b_lo) = _halves(q), _halves(b)
+  # Halves have 12 bits, so their products are exact, fused with the sum or not.
+  excess = q_hi * b_hi - a + q_hi * b_lo + q_lo * b_hi + q_lo * b_lo
+  return q - excess / b
+
+
+def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """x as the sum of its upper 12 bits of mantissa and of the rest."""
+  bits = jax.lax.bitcast_convert_type(x, jnp.int32) & ~0xFFF
+  upper = jax.lax.bitcast_convert_type(bits, jnp.float32)
+  return upper, x - upper
 
 
 def _e5m6_codes(v: jax.Array) -> jax.Array:
