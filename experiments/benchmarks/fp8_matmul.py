@@ -23,12 +23,12 @@ import time
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
+import jax
+import jax.numpy as jnp
 
-from kernels_pallas import fp8_matmul as op  # noqa: E402
-from kernels_pallas.fp8_matmul import gpu, reference  # noqa: E402
-from kernels_pallas.fp8_matmul.persistent import Tiling  # noqa: E402
+from kernels_pallas import fp8_matmul as op
+from kernels_pallas.fp8_matmul import gpu, reference
+from kernels_pallas.fp8_matmul.persistent import Tiling
 
 # (N, K) of DeepSeek-V3's Linears.
 SHAPES = [
@@ -225,9 +225,9 @@ def candidates(product, m, snakes):
   if m <= SMALL_ROWS:
     widths = [(32, 8), (64, 7), (128, 5)]
     return [Tiling(c, s, 1, share) for c, s in widths for share in ("", "a")]
-  sizes = [(128, 5, 0, True), (192, 4, 0, False), (256, 4, 128, False)]
+  sizes = [(128, 5, 0, 4), (192, 4, 0, 0), (256, 4, 128, 0)]
   if product == "dw":
-    sizes = [(128, 5, 0, True), (192, 4, 0, False), (192, 4, 64, False)]
+    sizes = [(128, 5, 0, 4), (192, 4, 0, 0), (192, 4, 64, 0)]
   return [
     Tiling(columns, stages, snake, share, fresh, overlap)
     for columns, stages, fresh, overlap in sizes

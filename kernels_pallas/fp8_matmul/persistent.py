@@ -1,4 +1,4 @@
-"""The persistent FP8 kernel for NVIDIA Hopper that the dense and grouped products share.
+"""The persistent FP8 kernel for NVIDIA Hopper, of the dense and grouped products.
 
 A thread block (or a cluster of two) walks over tiles of the output. Its third
 warpgroup copies operands and their scales into a ring of shared memory by TMA, running
@@ -27,6 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 BLOCK = 128  # of the contraction: one scale, one promotion
 ROWS = 128  # of a tile of the output
 _WARPGROUP_ROWS = 64  # of a wgmma instruction
+_SCALES_AT_ONCE = 32  # of columns, so that they fit in registers beside the sums
 _HOPPER_SMS = 132  # of an H100 SXM, an H200 and an H800
 _BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 _BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
@@ -43,8 +44,9 @@ class Tiling:
     share: the operand that a cluster of two thread blocks shares: "a" (two tiles
       side by side), "b" (one above the other) or "" for no cluster.
     fresh: columns of one fresh accumulator; 0 for all of the tile's.
-    overlap: promote one step while the tensor cores work on the next; needs
-      registers for two fresh accumulators, so up to 128 columns.
+    overlap: steps in a batch within which one is promoted while the tensor cores
+      work on the next; needs registers for two fresh accumulators, so up to 128
+      columns. 0 for none: promote, then multiply.
   """
 
   columns: int = 128
@@ -52,7 +54,7 @@ class Tiling:
   snake: int = 16
   share: str = ""
   fresh: int = 0
-  overlap: bool = False
+  overlap: int = 0
 
   @property
   def pair(self) -> tuple[int, int]:
@@ -110,14 +112,15 @@ def run(
     def describe(i):
       return tile(i, rank, *refs, out_ref)
 
+    # All registers: 40 + 2 x 232 = 3 x 168. One more and the increase never returns.
     @pl.when(warpgroup == 2)
     def copy():
-      plgpu.set_max_registers(32, action="decrease")
+      plgpu.set_max_registers(40, action="decrease")
       _copy_operands(describe, tiles, ring, scale_each_column)
 
     @pl.when(warpgroup < 2)
     def multiply():
-      plgpu.set_max_registers(240, action="increase")
+      plgpu.set_max_registers(232, action="increase")
       store = functools.partial(
         _store, smem=out_smem.at[warpgroup], add=add_to is not None
       )
@@ -196,6 +199,8 @@ class _Ring:
 def _multiply_tiles(describe, tiles, ring, store, warpgroup):
   """One warpgroup's part: 64 rows of every tile of this thread block."""
   width = granule(ring.t.columns)
+  if ring.sb is not None:
+    width = min(width, _SCALES_AT_ONCE)
   mine = pl.ds(warpgroup * _WARPGROUP_ROWS, _WARPGROUP_ROWS)
 
   @plgpu.nd_loop((tiles,), collective_axes="sm", init_carry=jnp.int32(0))
@@ -278,44 +283,36 @@ class _Part:
     return sums
 
   def sum_overlapped(self, sums):
-    """All steps: while one is promoted, the tensor cores work on the next."""
-    odd, columns = lax.rem(self.work.steps, 2), pl.ds(0, self.ring.t.columns)
-    sums = lax.fori_loop(0, odd, self.add_step, sums)
-    pairs = lax.div(self.work.steps, 2)
+    """All steps: while one is promoted, the tensor cores work on the next.
 
-    def start(acc, k):
-      scales = self.scales(k)
-      acc[...] = plgpu.layout_cast(
-        jnp.zeros((_WARPGROUP_ROWS, columns.size), jnp.float32), plgpu.Layout.WGMMA
-      )
-      self.start(acc, k, columns)
-      return scales
+    Steps go in batches, each straight-line code with accumulators of its own: an
+    accumulator in flight across iterations of a loop makes ptxas serialise.
+    """
+    batch, columns = self.ring.t.overlap, self.ring.t.columns
+    rest = lax.rem(self.work.steps, batch)
+    sums = lax.fori_loop(0, rest, self.add_step, sums)
 
-    def finish(acc, k, scales, sums, queued):
-      product = plgpu.wgmma_accumulator_load(acc, wait_n=queued)
-      return self.promote(product, k, scales, sums, 0, True)
+    def add_batch(i, sums):
+      first = rest + i * batch
 
-    def in_pairs(even_acc, odd_acc):
-      def pair(i, carry):
-        even_scales, sums = carry
-        k = odd + 2 * i
-        odd_scales = start(odd_acc, k + 1)
-        sums = finish(even_acc, k, even_scales, sums, 1)
-        even_scales = start(even_acc, k + 2)
-        return even_scales, finish(odd_acc, k + 1, odd_scales, sums, 1)
+      def finish(u, acc, scales, sums, queued):
+        product = plgpu.wgmma_accumulator_load(acc, wait_n=queued)
+        return self.promote(product, first + u, scales, sums, 0, True)
 
-      carry = start(even_acc, odd), sums
-      even_scales, new = lax.fori_loop(0, pairs - 1, pair, carry)
-      k = self.work.steps - 2
-      odd_scales = start(odd_acc, k + 1)
-      new = finish(even_acc, k, even_scales, new, 1)
-      return finish(odd_acc, k + 1, odd_scales, new, 0)
+      def start(u, sums, before):
+        def multiply(acc):
+          scales = self.scales(first + u)
+          self.start(acc, first + u, pl.ds(0, columns))
+          new = finish(u - 1, *before, sums, 1) if before else sums
+          if u + 1 < batch:
+            return start(u + 1, new, (acc, scales))
+          return finish(u, acc, scales, new, 0)
 
-    def some():
-      accumulator = _accumulator(columns.size)
-      return pl.run_scoped(in_pairs, accumulator, accumulator)
+        return pl.run_scoped(multiply, _accumulator(columns))
 
-    return lax.cond(pairs > 0, some, lambda: sums)
+      return start(0, sums, None)
+
+    return lax.fori_loop(0, lax.div(self.work.steps, batch), add_batch, sums)
 
 
 def _accumulator(columns: int):

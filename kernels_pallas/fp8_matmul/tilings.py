@@ -12,7 +12,7 @@ from kernels_pallas.fp8_matmul.persistent import ROWS, Tiling
 _SMS = 132
 _WIDE = Tiling(columns=256, stages=4, fresh=128, share="a")
 _UNEVEN = Tiling(columns=192, stages=4)
-_OVERLAPPED = Tiling(columns=128, stages=5, overlap=True)
+_OVERLAPPED = Tiling(columns=128, stages=5, overlap=4)
 
 # (M, N, K) -> tiling.
 FORWARD: dict[tuple[int, int, int], Tiling] = {}

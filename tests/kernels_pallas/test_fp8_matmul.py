@@ -30,9 +30,9 @@ SHAPES = [(1, 128, 256), (130, 192, 128), (257, 320, 576), (4095, 576, 256)]
 # On the GPU also every tiling of the table and of a retune, at a shape ragged for all.
 TILINGS = [
   Tiling(),
-  Tiling(overlap=True),
-  Tiling(share="a", overlap=True),
-  Tiling(share="b", overlap=True),
+  Tiling(overlap=4),
+  Tiling(share="a", overlap=4),
+  Tiling(share="b", overlap=4),
   Tiling(columns=192, stages=4),
   Tiling(columns=192, stages=4, share="a"),
   Tiling(columns=256, stages=4, fresh=128, share="b"),
