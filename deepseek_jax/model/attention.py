@@ -189,7 +189,10 @@ class LatentAttention(nnx.Module):
     probs = jax.nn.softmax(scores, axis=-1).astype(x_BTD.dtype)
     # What lies beyond a position has weight 0, but 0 x NaN is NaN: no such garbage
     # can come, because caches start at zero and hold only what was written.
-    mixed_BTHC = jnp.einsum("bhts,bsc->bthc", probs, keys_BSL[..., : c.kv_lora_rank])
+    # Rotary keys are mixed too and dropped after: cutting them off before would copy
+    # the cache.
+    mixed_BTHL = jnp.einsum("bhts,bsl->bthl", probs, keys_BSL)
+    mixed_BTHC = mixed_BTHL[..., : c.kv_lora_rank]
     out_BTHU = jnp.einsum("bthc,chu->bthu", mixed_BTHC, up_CHU)
     return linear(out_BTHU, self.wo[...], contract=2), cache_YBSL
 

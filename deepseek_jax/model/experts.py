@@ -14,7 +14,6 @@ import functools
 
 import jax
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import ModelConfig
@@ -22,7 +21,7 @@ from deepseek_jax.mesh import EXPERT
 from deepseek_jax.model.layers import weight
 from deepseek_jax.parallel import dispatch as d
 from deepseek_jax.precision import feed_forward as ff
-from deepseek_jax.precision.tiles import Fp8Weight, Recipe, Tiled
+from deepseek_jax.precision.tiles import Fp8Weight, Recipe, Tiled, keep
 
 
 class Experts(nnx.Module):
@@ -62,7 +61,7 @@ def _fp8_forward(x_MD, gates_MA, d13, d2, codes, plan, recipe):
   del d13, d2
   arrived = _arrive(recipe.rows(x_MD, power_of_two=True), [gates_MA], plan)
   if plan.route is not None:
-    arrived = [checkpoint_name(part, "dispatched") for part in arrived]
+    arrived = keep(arrived, "dispatched")
   *tokens, gates_CA = arrived
   gates_Z = d.expand_gates(gates_CA, plan)
   y_ZD, kept = ff.fp8_forward(

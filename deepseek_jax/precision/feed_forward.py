@@ -22,6 +22,7 @@ from deepseek_jax.precision.tiles import (
   Recipe,
   Tiled,
   WeightCodes,
+  keep,
 )
 from kernels_pallas import grouped_matmul as grouped
 
@@ -126,7 +127,7 @@ def fp8_forward(
   activated = recipe.activate(hidden_Z2F, gates_Z)
   y_ZD = recipe.multiply(activated, by_output2, dtype, group_sizes_E)
   kept = recipe.rows(hidden_Z2F, power_of_two=True)
-  return y_ZD, jax.tree.map(lambda part: checkpoint_name(part, "swiglu_input"), kept)
+  return y_ZD, keep(kept, "swiglu_input")
 
 
 def fp8_backward(

@@ -13,7 +13,7 @@ import jax
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.precision.tiles import Fp8Weight, Recipe
+from deepseek_jax.precision.tiles import Fp8Weight, Recipe, keep
 from kernels_pallas import quantize
 
 
@@ -63,7 +63,7 @@ def _fp8_linear_fwd(x_MK, gradient_KN, by_output, by_input, recipe, saved):
   if saved and recipe.config.attention_output == "e5m6":
     kept = quantize.pack_e5m6(x_MK, impl=recipe.quantizer)
   if saved:
-    kept = jax.tree.map(lambda part: checkpoint_name(part, saved), kept)
+    kept = keep(kept, saved)
   return y_MN, (kept, by_input)
 
 

@@ -13,6 +13,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.fp8_config import Fp8Config
 from deepseek_jax.precision import emulation
@@ -180,6 +181,22 @@ def _blocks(x_MK: jax.Array, dtype) -> Tiled:
   """One scale for 128x128 values, in the form of rows."""
   (codes, scales_mk), _ = quantize.quantize_blocks(x_MK, dtype=dtype, impl="reference")
   return codes, jnp.repeat(scales_mk, TILE, axis=0)[: x_MK.shape[0]].T
+
+
+def keep[T](parts: T, name: str) -> T:
+  """Names arrays that recomputation may keep, as `checkpoint_name`, FP8 codes as bits.
+
+  JAX rounds kept floats to their own type once more, by `reduce_precision`, which takes
+  E4M3's largest exponent for infinity: codes above 240 would come back as NaN.
+  """
+
+  def keep_one(x):
+    if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize > 1:
+      return checkpoint_name(x, name)
+    bits = checkpoint_name(jax.lax.bitcast_convert_type(x, jnp.uint8), name)
+    return jax.lax.bitcast_convert_type(bits, x.dtype)
+
+  return jax.tree.map(keep_one, parts)
 
 
 @jax.tree_util.register_dataclass

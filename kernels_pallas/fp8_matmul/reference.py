@@ -7,8 +7,8 @@ terms in another order: 128 of them unscaled, then scaled.
 cores do when they are left to accumulate by themselves (DeepSeek-V3 report, 3.3.2).
 
 Shapes: M rows (tokens), K contraction, N output; I and J the two outputs of a weight
-gradient; a lower-case letter is that dimension / 128, rounded up; T terms and D depth of one
-tensor-core instruction.
+gradient; a lower-case letter is that dimension / 128, rounded up; T terms and D depth
+of one tensor-core instruction.
 """
 
 import jax
@@ -63,6 +63,7 @@ def multiply_14_bit(
   promote_every: int | None = None,
   bits: int = 14,
   align_products: bool = True,
+  acc_MN: jax.Array | None = None,
 ) -> jax.Array:
   """a b^T of FP32 operands as Hopper's FP8 tensor cores accumulate, emulated.
 
@@ -76,6 +77,7 @@ def multiply_14_bit(
     bits: significant bits that alignment keeps.
     align_products: False cuts the sum of the 32 products instead of each, which costs
       32 times less memory and time and loses less than the hardware does.
+    acc_MN: what the accumulator starts from, None for zeros.
   """
   (m, k), n = a_MK.shape, b_NK.shape[0]
   padding = ((0, 0), (0, -k % _WGMMA_DEPTH))
@@ -101,7 +103,8 @@ def multiply_14_bit(
 
   zero_MN = jnp.zeros((m, n), jnp.float32)
   steps = jnp.arange(len(a_sMD))
-  (sum_MN, acc_MN), _ = lax.scan(instruction, (zero_MN, zero_MN), (steps, a_sMD, b_sND))
+  start = zero_MN, zero_MN if acc_MN is None else acc_MN
+  (sum_MN, acc_MN), _ = lax.scan(instruction, start, (steps, a_sMD, b_sND))
   return sum_MN + acc_MN
 
 
@@ -112,7 +115,7 @@ def dequantize_tiles(a_MK: jax.Array, sa_kM: jax.Array) -> jax.Array:
 
 
 def dequantize_blocks(b_NK: jax.Array, sb_nk: jax.Array) -> jax.Array:
-  """Codes with a scale each 128 x 128, times their scales, in FP32; leading dims too."""
+  """Codes with a scale each 128 x 128, times their scales, FP32; leading dims too."""
   n, k = b_NK.shape[-2:]
   s_NK = jnp.repeat(jnp.repeat(sb_nk, BLOCK, axis=-2), BLOCK, axis=-1)
   return b_NK.astype(jnp.float32) * s_NK[..., :n, :k]
