@@ -57,14 +57,14 @@ MODELS = {
   ),
 }
 TOKENS = 128
-FLOOR = np.uint16(0x3C00)  # BF16 of 2**-7
+FLOOR = np.uint16(0x3B00)  # BF16 of 2**-9
 
 
 class RandomWeights:
   """An array that is drawn when a part of it is asked for.
 
   Random bits are the sign, the mantissa and the lowest bit of the exponent of BF16:
-  +-[2**-7, 2**-5), rms 0.02. The embedding is 64 times larger, so that each layer adds
+  +-[2**-9, 2**-7), rms 0.005. The embedding is 64 times larger, so that each layer adds
   a little to what flows by, as in a trained model. Gains of norms are ones.
   """
 
