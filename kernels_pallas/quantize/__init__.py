@@ -35,12 +35,18 @@ dtype do not suit that):
 | name | runs on | what |
 |---|---|---|
 | reference | everywhere | plain jnp: the meaning, and what CPU runs |
-| gpu | NVIDIA Hopper | Mosaic GPU kernels, BF16; E5M6 is left to XLA |
+| gpu | NVIDIA Hopper | Mosaic GPU kernels for BF16: all but those below |
+| tpu | TPU | a Pallas kernel for rows, columns and both |
+
+requantize_columns, E5M6 and the plain-jnp functions are left to XLA everywhere, as is
+what `unsupported` of a kernel's module refuses: `gpu` FP32, FP8 h and dimensions that
+are no multiples of 64; `tpu` those that are no multiples of 128.
 
 Shapes: M rows, K columns, E experts, N columns of a weight, Z dispatched rows, F
 hidden; a lower-case letter is that dimension divided by 128, rounded up; P = 3 K / 8.
 """
 
+from types import ModuleType
 from typing import NamedTuple
 
 import jax
@@ -71,7 +77,9 @@ __all__ = [
 ]
 
 _E4M3 = jnp.float8_e4m3fn
-_BY_PLATFORM = {"cpu": "reference", "gpu": "gpu", "tpu": "reference"}
+_XLA = {"cpu": "reference", "gpu": "reference", "tpu": "reference"}
+_GPU = _XLA | {"gpu": "gpu"}
+_KERNELS = _GPU | {"tpu": "tpu"}
 _PORTABLE = ("reference",)
 
 
@@ -110,7 +118,7 @@ def quantize_rows(
     ValueError: x is no matrix of BF16 or FP32, or impl cannot do this here.
   """
   _check(x_MK, "quantize_rows")
-  module = _implementation(impl, x_MK)
+  module = _implementation(_KERNELS, impl, x_MK)
   return module.quantize_rows(x_MK, power_of_two, dtype, rows)
 
 
@@ -124,7 +132,7 @@ def quantize_columns(
 ) -> Quantized:
   """Quantises by 128x1 tiles and transposes: q_KM, s_mK. Else as quantize_rows."""
   _check(x_MK, "quantize_columns")
-  module = _implementation(impl, x_MK, by_columns=True)
+  module = _implementation(_KERNELS, impl, x_MK, by_columns=True)
   return module.quantize_columns(x_MK, power_of_two, dtype, rows)
 
 
@@ -138,7 +146,7 @@ def quantize_both(
 ) -> tuple[Quantized, Quantized]:
   """quantize_rows and quantize_columns: (q_MK, s_kM), (q_KM, s_mK)."""
   _check(x_MK, "quantize_both")
-  module = _implementation(impl, x_MK, by_columns=True)
+  module = _implementation(_KERNELS, impl, x_MK, by_columns=True)
   return module.quantize_both(x_MK, power_of_two, dtype, rows)
 
 
@@ -159,8 +167,8 @@ def requantize_columns(
   Returns:
     q_KM, s_mK.
   """
-  module = _implementation(impl, q_MK, by_columns=True)
-  return module.requantize_columns(q_MK, s_kM, power_of_two, dtype, rows)
+  choose("requantize_columns", impl, _XLA, _PORTABLE)
+  return reference.requantize_columns(q_MK, s_kM, power_of_two, dtype, rows)
 
 
 def quantize_blocks(
@@ -180,7 +188,7 @@ def quantize_blocks(
     E where w has it.
   """
   _check(w_KN[0] if w_KN.ndim == 3 else w_KN, "quantize_blocks")
-  module = _implementation(impl, w_KN, by_columns=True)
+  module = _implementation(_GPU, impl, w_KN, by_columns=True)
   return module.quantize_blocks(w_KN, power_of_two, dtype)
 
 
@@ -239,7 +247,7 @@ def swiglu_quantize(
     (q_ZF, s_fZ), or with `both` that and (q_FZ, s_zF).
   """
   _check_swiglu(h_Z2F, gate_Z, None)
-  module = _implementation(impl, _codes_of(h_Z2F), by_columns=both, halves=True)
+  module = _implementation(_GPU, impl, _codes_of(h_Z2F), by_columns=both, halves=True)
   return module.swiglu_quantize(h_Z2F, gate_Z, both, power_of_two, dtype, rows)
 
 
@@ -265,7 +273,8 @@ def swiglu_quantize_backward(
     power_of_two, dtype, rows, impl: as in quantize_rows; rows not valid get dgate 0.
   """
   _check_swiglu(h_Z2F, gate_Z, dy_ZF)
-  module = _implementation(impl, _codes_of(h_Z2F), dy_ZF, by_columns=True, halves=True)
+  matrices = _codes_of(h_Z2F), dy_ZF
+  module = _implementation(_GPU, impl, *matrices, by_columns=True, halves=True)
   gradients = module.swiglu_quantize_backward(
     h_Z2F, gate_Z, dy_ZF, with_y, with_dh, power_of_two, dtype, rows
   )
@@ -289,7 +298,7 @@ def pack_e5m6(x_MK: jax.Array, *, impl: str | None = None) -> Quantized:
   _check(x_MK, "pack_e5m6")
   if x_MK.shape[1] % 8:
     raise ValueError(f"pack_e5m6 needs K a multiple of 8, got {x_MK.shape[1]}")
-  choose("pack_e5m6", impl, dict.fromkeys(_BY_PLATFORM, "reference"), _PORTABLE)
+  choose("pack_e5m6", impl, _XLA, _PORTABLE)
   return reference.pack_e5m6(x_MK)
 
 
@@ -300,20 +309,24 @@ def unpack_e5m6(
   return reference.unpack_e5m6(p_MP, s_kM).astype(dtype)
 
 
-def _implementation(impl: str | None, *matrices: jax.Array, **needs: bool):
+def _implementation(
+  by_platform: dict[str, str], impl: str | None, *matrices: jax.Array, **needs: bool
+) -> ModuleType:
   """The module behind a name, if it takes these; kernels are imported when asked for.
 
   Raises:
     ValueError: a named implementation that does not take them.
   """
-  name = choose("quantize", impl, _BY_PLATFORM, _PORTABLE)
-  if name == "reference":
+  name = choose("quantize", impl, by_platform, _PORTABLE)
+  if name == "gpu":
+    from kernels_pallas.quantize import gpu as kernels
+  elif name == "tpu":
+    from kernels_pallas.quantize import tpu as kernels
+  else:
     return reference
-  from kernels_pallas.quantize import gpu
-
-  reason = gpu.unsupported(*matrices, **needs)
+  reason = kernels.unsupported(*matrices, **needs)
   if reason is None:
-    return gpu
+    return kernels
   if impl is None:
     return reference
   raise ValueError(f"quantize: impl={impl!r} {reason}, or pass impl='reference'")

@@ -98,7 +98,7 @@ def _fused_multiply_add(
 
   @plgpu.inline_mgpu(
     arg_types=(layout,) * len(arrays),
-    return_type=plgpu.ShapeDtypeStruct(a.shape, jnp.float32, layout=layout),
+    return_type=plgpu.ShapeDtypeStruct(a.shape, jnp.dtype(jnp.float32), layout=layout),
   )
   def fma(_, *values):
     def on_registers(*registers):
