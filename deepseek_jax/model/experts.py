@@ -42,7 +42,7 @@ class Experts(nnx.Module):
       return _fp8_experts(
         x_MD, gates_MA, w13.gradient, w2.gradient, codes, plan, w13.recipe
       )
-    rows_ZD, gates_Z = d.dispatch(x_MD, plan), d.dispatch_gates(gates_MA, plan)
+    rows_ZD, gates_Z = d.dispatch(x_MD, gates_MA, plan)
     out_ZD = ff.expert_feed_forward(rows_ZD, gates_Z, plan.group_sizes_E, w13, w2)
     return d.combine(out_ZD, plan)
 
@@ -84,8 +84,8 @@ def _fp8_backward(recipe, residuals, dy_MD):
     recipe,
     dy_MD.dtype,
   )
-  dx_MD = d.go_home(d.collapse(dx_ZD, plan), plan)
-  d_gates_MA = d.go_home(d.collapse_gates(d_gates_Z, plan), plan)
+  dx_CD, d_gates_CA = d.collapse(dx_ZD, plan), d.collapse_gates(d_gates_Z, plan)
+  dx_MD, d_gates_MA = d.go_home((dx_CD, d_gates_CA), plan)
   return dx_MD, d_gates_MA, d13, d2, None, None
 
 

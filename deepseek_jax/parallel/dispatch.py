@@ -6,9 +6,8 @@ rows of one expert stand together, each group padded to a multiple of rows that 
 grouped matrix product wants. Gates travel along and are applied by the expert, so
 combine is a plain sum, and combine and dispatch are each other's transpose.
 
-    plan = make_plan(experts_MA, ...)              # integers: who goes where
-    rows_ZD = dispatch(x_MD, plan)                 # differentiable, any float
-    gates_Z = dispatch_gates(gates_MA, plan)
+    plan = make_plan(experts_MA, ...)                     # integers: who goes where
+    rows_ZD, gates_Z = dispatch(x_MD, gates_MA, plan)     # differentiable
     out_MD = combine(rows_ZD, plan)
 
 FP8 training sends codes and scales, which autodiff knows nothing of, by the four steps
@@ -79,8 +78,7 @@ def make_plan(
   (experts_CA,) = _send([experts_MA], route)
   local_CA = experts_CA - lax.axis_index(axis) * local
   # The buffer's tail is unspecified, and some of a token's experts live elsewhere.
-  arrived_C1 = jnp.arange(bound)[:, None] < route.counts_L.sum()
-  here_CA = arrived_C1 & (local_CA >= 0) & (local_CA < local)
+  here_CA = route.is_filled()[:, None] & (local_CA >= 0) & (local_CA < local)
   local_CA = jnp.where(here_CA, local_CA, local)
   rows = row_bound(m, active, ranks, local, capacity)
   plan = _arrange(local_CA, local, rows, row_multiple)
@@ -90,19 +88,20 @@ def make_plan(
   return plan
 
 
-def dispatch(x_MD: jax.Array, plan: Plan) -> jax.Array:
-  """Copies of tokens as rows grouped by expert, zero where padded: [Z, D]."""
-  if plan.route is not None:
-    x_MD = checkpoint_name(all_to_all.dispatch(x_MD, plan.route), "dispatched")
-  return _spread(x_MD, plan.source_Z, plan.target_CA)
+def dispatch(
+  x_MD: jax.Array, gates_MA: jax.Array, plan: Plan
+) -> tuple[jax.Array, jax.Array]:
+  """Copies of tokens as rows grouped by expert, and their gates; zero where padded.
 
-
-def dispatch_gates(gates_MA: jax.Array, plan: Plan) -> jax.Array:
-  """The gate of each row, 0 where padded: [Z]."""
+  Returns:
+    rows_ZD, gates_Z.
+  """
   if plan.route is not None:
-    gates_MA = checkpoint_name(all_to_all.dispatch(gates_MA, plan.route), "dispatched")
+    arrived = all_to_all.dispatch((x_MD, gates_MA), plan.route)
+    x_MD, gates_MA = (checkpoint_name(part, "dispatched") for part in arrived)
+  rows_ZD = _spread(x_MD, plan.source_Z, plan.target_CA)
   target_P1 = plan.target_CA.reshape(-1, 1)
-  return _spread(gates_MA.reshape(-1, 1), plan.pair_Z, target_P1)[:, 0]
+  return rows_ZD, _spread(gates_MA.reshape(-1, 1), plan.pair_Z, target_P1)[:, 0]
 
 
 def combine(rows_ZD: jax.Array, plan: Plan) -> jax.Array:
@@ -141,9 +140,9 @@ def collapse_gates(gates_Z: jax.Array, plan: Plan) -> jax.Array:
   return gates_Z.at[target_CA].get(mode="fill", fill_value=0)
 
 
-def go_home(x_CX: jax.Array, plan: Plan) -> jax.Array:
-  """The sum over ranks of what became of each token there: [M, X]."""
-  return x_CX if plan.route is None else all_to_all.combine(x_CX, plan.route)
+def go_home[T](values_C: T, plan: Plan) -> T:
+  """The sums over ranks of what became of each token there: arrays [M, ...]."""
+  return values_C if plan.route is None else all_to_all.combine(values_C, plan.route)
 
 
 def arrival_bound(m: int, active: int, ranks: int, capacity: float) -> int:

@@ -55,7 +55,7 @@ def inputs(ranks: int, kind: str):
 
 def arranged(make_plan, x, experts, gates):
   plan = make_plan(experts)
-  rows, row_gates = d.dispatch(x, plan), d.dispatch_gates(gates, plan)
+  rows, row_gates = d.dispatch(x, gates, plan)
   return rows, row_gates, plan.group_sizes_E, plan.overflow[None]
 
 
@@ -94,7 +94,7 @@ def test_combine_of_dispatch_counts_every_choice_once(ranks, kind):
 
   def both(make_plan, x, experts, gates):
     plan = make_plan(experts)
-    return d.combine(d.dispatch(x, plan), plan)
+    return d.combine(d.dispatch(x, gates, plan)[0], plan)
 
   out = on_ranks(ranks, math.inf, both)(x, experts, gates)
   # Sums of A equal terms in FP32: exact for A = 3 up to one rounding of 3x.
@@ -109,7 +109,7 @@ def test_gradients_are_transposes_and_padding_reaches_nothing(ranks):
     plan = make_plan(experts)
 
     def forward(x, gates):
-      return d.dispatch(x, plan), d.dispatch_gates(gates, plan)
+      return d.dispatch(x, gates, plan)
 
     (rows, row_gates), pull = jax.vjp(forward, x, gates)
     key = jax.random.key(3)
@@ -169,9 +169,9 @@ def test_steps_are_what_dispatch_and_combine_are_made_of(ranks):
     rows, row_gates = d.expand(x_C, plan), d.expand_gates(gates_C, plan)
     wide = d.expand(codes_C, plan).astype(x.dtype)
     same = [
-      jnp.array_equal(rows, d.dispatch(x, plan)),
-      jnp.array_equal(row_gates, d.dispatch_gates(gates, plan)),
-      jnp.array_equal(wide, d.dispatch(codes.astype(x.dtype), plan)),
+      jnp.array_equal(rows, d.dispatch(x, gates, plan)[0]),
+      jnp.array_equal(row_gates, d.dispatch(x, gates, plan)[1]),
+      jnp.array_equal(wide, d.dispatch(codes.astype(x.dtype), gates, plan)[0]),
       jnp.array_equal(d.go_home(d.collapse(rows, plan), plan), d.combine(rows, plan)),
       jnp.array_equal(d.go_home(d.collapse_gates(row_gates, plan), plan), gates),
     ]
