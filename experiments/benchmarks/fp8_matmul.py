@@ -118,7 +118,7 @@ def jax_queue(function, sets, want=None):
 
 def torch_queue(product, m, n, k, number):
   """The peer, on its own random inputs, as a replayed CUDA graph."""
-  import torch
+  import torch  # pyright: ignore[reportMissingImports]
 
   def block_scaled(rows, columns):
     x = torch.randn(rows, columns // 128, 128, device="cuda")
@@ -225,12 +225,12 @@ def candidates(product, m, snakes):
   if m <= SMALL_ROWS:
     widths = [(32, 8), (64, 7), (128, 5)]
     return [Tiling(c, s, 1, share) for c, s in widths for share in ("", "a")]
-  sizes = [(128, 5, 0, 4), (192, 4, 0, 0), (256, 4, 128, 0)]
+  sizes = [(128, 5, 0), (192, 4, 0), (256, 4, 128)]
   if product == "dw":
-    sizes = [(128, 5, 0, 4), (192, 4, 0, 0), (192, 4, 64, 0)]
+    sizes = [(128, 5, 0), (192, 4, 0), (192, 4, 64)]
   return [
-    Tiling(columns, stages, snake, share, fresh, overlap)
-    for columns, stages, fresh, overlap in sizes
+    Tiling(columns, stages, snake, share, fresh)
+    for columns, stages, fresh in sizes
     for share in ("", "a", "b")
     for snake in snakes
   ]

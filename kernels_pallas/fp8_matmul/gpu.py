@@ -82,6 +82,7 @@ def multiply_groups(
     raise ValueError("blocks of rows have matrices of their own: share='a' or ''")
   tall, wide = t.pair
   per_piece = pl.cdiv(rows, ROWS)
+  masked = blocks_2m is not None and blocks_2m.shape[0] == 2
   grid = pl.cdiv(pieces * per_piece, tall), pl.cdiv(columns, t.columns * wide)
   width, last_scale = granule(t.columns), sb_Enk.shape[1] - 1
 
@@ -93,7 +94,7 @@ def multiply_groups(
     group, filled, steps = 0, None, pl.cdiv(depth, BLOCK)
     if group_refs:
       group = group_refs[0][0, row]
-      filled = group_refs[0][1, row] if blocks_2m.shape[0] == 2 else None
+      filled = group_refs[0][1, row] if masked else None
       # A block of no group takes no steps, so its product stays 0, nothing is read.
       steps = jnp.where(group < experts, steps, 0)
     piece, row = lax.div(row, per_piece), lax.rem(row, per_piece)

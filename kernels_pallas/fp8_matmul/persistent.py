@@ -24,13 +24,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.fp8_matmul.promotion import WARPGROUP_ROWS, Part, Ring
+
 BLOCK = 128  # of the contraction: one scale, one promotion
 ROWS = 128  # of a tile of the output
-_WARPGROUP_ROWS = 64  # of a wgmma instruction
 _SCALES_AT_ONCE = 32  # of columns, so that they fit in registers beside the sums
 _HOPPER_SMS = 132  # of an H100 SXM, an H200 and an H800
-_BY_ROW = plgpu.Layout.WGMMA.reduce(1)
-_BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +43,6 @@ class Tiling:
     share: the operand that a cluster of two thread blocks shares: "a" (two tiles
       side by side), "b" (one above the other) or "" for no cluster.
     fresh: columns of one fresh accumulator; 0 for all of the tile's.
-    overlap: steps in a batch within which one is promoted while the tensor cores
-      work on the next; needs registers for two fresh accumulators, so up to 128
-      columns. 0 for none: promote, then multiply.
   """
 
   columns: int = 128
@@ -54,7 +50,6 @@ class Tiling:
   snake: int = 16
   share: str = ""
   fresh: int = 0
-  overlap: int = 0
 
   @property
   def pair(self) -> tuple[int, int]:
@@ -105,7 +100,7 @@ def run(
 
   def body(*refs, out_smem, **ring):
     *refs, out_ref = refs
-    ring = _Ring(t=t, **ring)
+    ring = Ring(t=t, **ring)
     rank = lax.axis_index("pair") if t.share else 0
     warpgroup = lax.axis_index("warpgroup")
 
@@ -135,7 +130,7 @@ def run(
     num_threads=3,
     thread_name="warpgroup",
   )
-  kernel = functools.partial(
+  kernel: Any = functools.partial(
     pl.kernel,
     mesh=mesh,
     compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
@@ -174,7 +169,7 @@ def _scratch(
     "a": _swizzled((t.stages, ROWS, BLOCK), jnp.float8_e4m3fn, swizzle),
     "b": _swizzled((t.stages, t.columns, BLOCK), jnp.float8_e4m3fn, swizzle),
     "sa": plgpu.SMEM((t.stages, ROWS), jnp.float32),
-    "out_smem": _swizzled((2, 2, _WARPGROUP_ROWS, columns), out_dtype, bytes_),
+    "out_smem": _swizzled((2, 2, WARPGROUP_ROWS, columns), out_dtype, bytes_),
     "filled": plgpu.Barrier(num_arrivals=copies, num_barriers=t.stages),
     "free": free(num_arrivals=2, num_barriers=t.stages),  # two warpgroups
   }
@@ -183,140 +178,27 @@ def _scratch(
   return scratch
 
 
-@dataclasses.dataclass(frozen=True)
-class _Ring:
-  """Slots of shared memory, with a barrier each for "filled" and "free again"."""
-
-  t: Tiling
-  a: Any
-  b: Any
-  sa: Any
-  filled: Any
-  free: Any
-  sb: Any = None
-
-
 def _multiply_tiles(describe, tiles, ring, store, warpgroup):
   """One warpgroup's part: 64 rows of every tile of this thread block."""
   width = granule(ring.t.columns)
   if ring.sb is not None:
     width = min(width, _SCALES_AT_ONCE)
-  mine = pl.ds(warpgroup * _WARPGROUP_ROWS, _WARPGROUP_ROWS)
+  mine = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
 
   @plgpu.nd_loop((tiles,), collective_axes="sm", init_carry=jnp.int32(0))
   def each_tile(loop, carry):
     work = describe(loop.index[0])
-    zero = jnp.zeros((_WARPGROUP_ROWS, width), jnp.float32)
+    zero = jnp.zeros((WARPGROUP_ROWS, width), jnp.float32)
     zero = plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
     zeros = (zero,) * (ring.t.columns // width)
-    part = _Part(ring, work, mine, carry)
-    if ring.t.overlap:
-      sums = part.sum_overlapped(zeros)
-    else:
-      sums = lax.fori_loop(0, work.steps, part.add_step, zeros)
+    part = Part(ring, work, mine, carry)
+    sums = lax.fori_loop(0, work.steps, part.add_step, zeros)
     if work.rows is not None:
-      sums = _mask(sums, work.rows - warpgroup * _WARPGROUP_ROWS)
+      sums = _mask(sums, work.rows - warpgroup * WARPGROUP_ROWS)
     store(sums, out_tile=work.out.at[mine])
     return carry + work.steps
 
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Part:
-  """64 rows of one tile, whose step 0 is the ring's step `first`."""
-
-  ring: _Ring
-  work: Tile
-  mine: Any
-  first: Any
-
-  def slot(self, k):
-    return lax.rem(self.first + k, self.ring.t.stages)
-
-  def scales(self, k):
-    """Waits for step k's operands and reads its scales."""
-    ring, slot = self.ring, self.slot(k)
-    scalars = () if ring.sb is not None else tuple(self.work.column_scales(k))
-    plgpu.barrier_wait(ring.filled.at[slot])
-    return plgpu.load(ring.sa.at[slot, self.mine], layout=_BY_ROW), scalars
-
-  def start(self, acc, k, columns):
-    """Queues 128 of the contraction on the tensor cores."""
-    a = self.ring.a.at[self.slot(k), self.mine]
-    b = self.ring.b.at[self.slot(k), columns]
-    plgpu.wgmma(acc, a, b.transpose((1, 0)))
-
-  def promote(self, product, k, scales, sums, at, last):
-    """The sums from column `at` on, with a fresh product added; frees the slot."""
-    (sa, scalars), ring, slot = scales, self.ring, self.slot(k)
-    free = functools.partial(plgpu.barrier_arrive, ring.free.at[slot])
-    if last and ring.sb is None:
-      free()
-    width, new = sums[0].shape[1], list(sums)
-    for i in range(at // width, (at + product.shape[1]) // width):
-      start = i * width - at
-      part, shape = product[:, start : start + width], sums[0].shape
-      if ring.sb is None:
-        part = part * lax.broadcast_in_dim(sa * scalars[i], shape, (0,))
-      else:
-        sb = plgpu.load(ring.sb.at[slot, pl.ds(i * width, width)], layout=_BY_COLUMN)
-        part = part * lax.broadcast_in_dim(sb, shape, (1,))
-        part = part * lax.broadcast_in_dim(sa, shape, (0,))
-      new[i] = sums[i] + part
-    if last and ring.sb is not None:
-      free()
-    return tuple(new)
-
-  def add_step(self, k, sums):
-    """One step by itself: multiply, wait, promote."""
-    columns, scales = self.ring.t.columns, self.scales(k)
-    fresh = self.ring.t.fresh or columns
-    for at in range(0, columns, fresh):
-
-      def multiply(acc, at=at):
-        self.start(acc, k, pl.ds(at, fresh))
-        return acc[...]
-
-      product = pl.run_scoped(multiply, _accumulator(fresh))
-      sums = self.promote(product, k, scales, sums, at, at + fresh == columns)
-    return sums
-
-  def sum_overlapped(self, sums):
-    """All steps: while one is promoted, the tensor cores work on the next.
-
-    Steps go in batches, each straight-line code with accumulators of its own: an
-    accumulator in flight across iterations of a loop makes ptxas serialise.
-    """
-    batch, columns = self.ring.t.overlap, self.ring.t.columns
-    rest = lax.rem(self.work.steps, batch)
-    sums = lax.fori_loop(0, rest, self.add_step, sums)
-
-    def add_batch(i, sums):
-      first = rest + i * batch
-
-      def finish(u, acc, scales, sums, queued):
-        product = plgpu.wgmma_accumulator_load(acc, wait_n=queued)
-        return self.promote(product, first + u, scales, sums, 0, True)
-
-      def start(u, sums, before):
-        def multiply(acc):
-          scales = self.scales(first + u)
-          self.start(acc, first + u, pl.ds(0, columns))
-          new = finish(u - 1, *before, sums, 1) if before else sums
-          if u + 1 < batch:
-            return start(u + 1, new, (acc, scales))
-          return finish(u, acc, scales, new, 0)
-
-        return pl.run_scoped(multiply, _accumulator(columns))
-
-      return start(0, sums, None)
-
-    return lax.fori_loop(0, lax.div(self.work.steps, batch), add_batch, sums)
-
-
-def _accumulator(columns: int):
-  return plgpu.WGMMAAccumulatorRef((_WARPGROUP_ROWS, columns))
 
 
 def _mask(sums, rows):

@@ -201,7 +201,7 @@ def _persistent_matmul(
   mesh = plgpu.Mesh(
     grid=(sms,), grid_names=("sm",), num_threads=3, thread_name="warpgroup"
   )
-  kernel = functools.partial(
+  kernel: Any = functools.partial(
     pl.kernel,
     mesh=mesh,
     compiler_params=plgpu.CompilerParams(),

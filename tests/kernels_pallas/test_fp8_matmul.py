@@ -30,9 +30,8 @@ SHAPES = [(1, 128, 256), (130, 192, 128), (257, 320, 576), (4095, 576, 256)]
 # On the GPU also every tiling of the table and of a retune, at a shape ragged for all.
 TILINGS = [
   Tiling(),
-  Tiling(overlap=4),
-  Tiling(share="a", overlap=4),
-  Tiling(share="b", overlap=4),
+  Tiling(share="a"),
+  Tiling(share="b"),
   Tiling(columns=192, stages=4),
   Tiling(columns=192, stages=4, share="a"),
   Tiling(columns=256, stages=4, fresh=128, share="b"),
@@ -149,7 +148,7 @@ def test_accumulation_in_14_bits_is_what_the_paper_measures():
   "tiling", [Tiling(stages=2), Tiling(256, 2, fresh=128)], ids=["128", "256"]
 )
 def test_gpu_kernel_interpreted(tiling):
-  """The kernel's own logic on any machine, but for overlap and clusters."""
+  """The kernel's own logic on any machine, but for clusters."""
   _, _, a, sa, b, sb = inputs(130, 192, 320)
   interpret = plgpu.InterpretGPUParams()
   got = gpu.multiply(
