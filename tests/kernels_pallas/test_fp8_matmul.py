@@ -26,7 +26,7 @@ IMPLS = [
   pytest.param("tpu", marks=on("tpu")),
 ]
 # M, N, K: one row, ragged rows, ragged last blocks of N and K.
-SHAPES = [(1, 128, 256), (130, 192, 128), (257, 320, 576), (4095, 576, 256)]
+SHAPES = [(1, 128, 256), (257, 320, 576), (4095, 192, 128)]
 # On the GPU also every tiling of the table and of a retune, at a shape ragged for all.
 TILINGS = [
   Tiling(),
@@ -79,7 +79,7 @@ def test_values(impl, shape, dtype):
   assert oracle.calc_diff(got, x @ w.T) < 1e-3
 
 
-@pytest.mark.parametrize("tokens", [128, 200, 384, 4095])
+@pytest.mark.parametrize("tokens", [200, 384, 4095])
 @pytest.mark.parametrize("add", [False, True], ids=["alone", "added"])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_weight_gradients(impl, add, tokens):
@@ -144,13 +144,10 @@ def test_accumulation_in_14_bits_is_what_the_paper_measures():
 
 
 @on("cpu")
-@pytest.mark.parametrize(
-  "tiling", [Tiling(stages=2), Tiling(256, 2, fresh=128)], ids=["128", "256"]
-)
-def test_gpu_kernel_interpreted(tiling):
+def test_gpu_kernel_interpreted():
   """The kernel's own logic on any machine, but for clusters."""
   _, _, a, sa, b, sb = inputs(130, 192, 320)
-  interpret = plgpu.InterpretGPUParams()
+  interpret, tiling = plgpu.InterpretGPUParams(), Tiling(256, 2, fresh=128)
   got = gpu.multiply(
     a, sa, b[None], sb[None], out_dtype=jnp.float32, tiling=tiling, interpret=interpret
   )
