@@ -20,6 +20,7 @@ import functools
 import os
 import statistics
 import time
+from concurrent import futures
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
@@ -72,14 +73,9 @@ def ours(product, tiling=None):
 
 
 def one_scale(product):
+  """XLA's own product of the codes; the one scale is left out."""
   dtype = jnp.float32 if product == "dw" else jnp.bfloat16
-
-  def dot(a, sa, b, sb):
-    return (jnp.dot(a, b.T, preferred_element_type=jnp.float32) * sa[0, 0]).astype(
-      dtype
-    )
-
-  return dot
+  return lambda a, sa, b, sb: jnp.dot(a, b.T, preferred_element_type=dtype)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -96,24 +92,39 @@ def worst_error(got, want):
   return jnp.max(jnp.linalg.norm(got - want, axis=1) / jnp.linalg.norm(want, axis=1))
 
 
-def jax_queue(function, sets, want=None):
-  """Runs one call for every set of inputs, as one compiled program, many times.
+def jax_queues(functions, sets, want=None) -> dict:
+  """For each function a queue: one call for every set of inputs, many times.
 
-  Where `want` is given, raises if the first result is not it.
+  They are compiled side by side. One that fails, or whose first result is not `want`
+  (where that is given), says so and is left out.
   """
-  run = jax.jit(lambda sets: [function(*inputs) for inputs in sets])
-  result = run(sets)
-  if want is not None:
-    error = float(worst_error(result[0], want))
-    if not error < 5e-3:
+
+  def compiled(function):
+    run = jax.jit(lambda sets: [function(*inputs) for inputs in sets])
+    return run.lower(sets).compile()
+
+  def checked(run):
+    result = run(sets)
+    if want is not None and not (error := float(worst_error(result[0], want))) < 5e-3:
       raise ValueError(f"WRONG: error {error}")
 
-  def queue(times):
-    for _ in range(times):
-      result = run(sets)
-    jax.block_until_ready(result)
+    def queue(times):
+      for _ in range(times):
+        result = run(sets)
+      jax.block_until_ready(result)
 
-  return queue
+    return queue
+
+  queues = {}
+  with futures.ThreadPoolExecutor(6) as pool:
+    jobs = {name: pool.submit(compiled, f) for name, f in functions.items()}
+    futures.wait(jobs.values())
+  for name, job in jobs.items():
+    try:
+      queues[name] = checked(job.result())
+    except Exception as problem:
+      print(f"  {name}: {type(problem).__name__}: {str(problem)[:300]}", flush=True)
+  return queues
 
 
 def torch_queue(product, m, n, k, number):
@@ -194,30 +205,18 @@ def line(name, seconds, product, m, n, k, against=None) -> str:
 def report(product, m, n, k, flags) -> float | None:
   """Prints a shape's table; the ratio to cuBLASLt where that ran."""
   sets = sets_of(product, m, n, k)
-  builders = {
-    "ours": lambda: jax_queue(ours(product), sets, exact(product, sets[0])),
-    "one scale": lambda: jax_queue(one_scale(product), sets),
-    "cuBLASLt": lambda: torch_queue(product, m, n, k, len(sets)),
-  }
-  queues = build(builders)
+  queues = jax_queues({"ours": ours(product)}, sets, exact(product, sets[0]))
+  queues |= jax_queues({"one scale": one_scale(product)}, sets)
+  try:
+    queues["cuBLASLt"] = torch_queue(product, m, n, k, len(sets))
+  except Exception as problem:
+    print(f"  cuBLASLt: {type(problem).__name__}: {str(problem)[:300]}", flush=True)
   times = medians(queues, len(sets), flags.seconds, flags.rounds)
   print(f"{product} M={m} N={n} K={k}")
   for name, seconds in times.items():
     print(line(name, seconds, product, m, n, k, times.get("cuBLASLt")), flush=True)
-  return times["cuBLASLt"] / times["ours"] if len(times) == 3 else None
-
-
-def build(builders) -> dict:
-  """The queues of those that run here; the others say why they do not."""
-  queues = {}
-  for name, builder in builders.items():
-    try:
-      queues[name] = builder()
-      queues[name](1)
-    except Exception as problem:
-      queues.pop(name, None)
-      print(f"  {name}: {type(problem).__name__}: {str(problem)[:300]}", flush=True)
-  return queues
+  both = times.keys() >= {"ours", "cuBLASLt"}
+  return times["cuBLASLt"] / times["ours"] if both else None
 
 
 def candidates(product, m, snakes):
@@ -239,13 +238,12 @@ def candidates(product, m, snakes):
 def retune(product, m, n, k, flags):
   sets = sets_of(product, m, n, k, small=2)
   want = exact(product, sets[0])
-  builders = {
-    str(t).removeprefix("Tiling"): functools.partial(
-      jax_queue, ours(product, t), sets, want
-    )
+  functions = {
+    str(t).removeprefix("Tiling"): ours(product, t)
     for t in candidates(product, m, flags.snakes)
   }
-  times = medians(build(builders), len(sets), flags.seconds, flags.rounds)
+  queues = jax_queues(functions, sets, want)
+  times = medians(queues, len(sets), flags.seconds, flags.rounds)
   print(f"retune {product} M={m} N={n} K={k}")
   for name, seconds in sorted(times.items(), key=lambda item: item[1])[: flags.show]:
     print(line(name, seconds, product, m, n, k), flush=True)
