@@ -26,6 +26,8 @@ def unsupported(
     if x.dtype != jnp.bfloat16:
       return f"takes bfloat16, got {x.dtype}: cast it"
   M, K = matrices[0].shape[-2:]
+  if 0 in matrices[0].shape:
+    return f"needs some elements, got {list(matrices[0].shape)}"
   if halves and K % (2 * TILE):
     return f"needs F a multiple of {TILE}, got F={K // 2}"
   if K % _BOX[1]:

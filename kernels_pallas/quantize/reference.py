@@ -25,7 +25,7 @@ def quantize_rows(
   x_MkL = _tiles(_valid(x_MK, rows))
   s_Mk = scales(amax(x_MkL, -1), float(jnp.finfo(dtype).max), power_of_two)
   q_MkL = codes(x_MkL, s_Mk[..., None], dtype)
-  return q_MkL.reshape(x_MK.shape[0], -1)[:, : x_MK.shape[1]], s_Mk.T
+  return _joined(q_MkL)[:, : x_MK.shape[1]], s_Mk.T
 
 
 def quantize_columns(x_MK, power_of_two, dtype, rows=None) -> Quantized:
@@ -130,7 +130,7 @@ def pack_e5m6(x_MK: jax.Array) -> Quantized:
   x_MkL = _tiles(x_MK.astype(jnp.float32))
   s_Mk = scales(amax(x_MkL, -1), E5M6_MAX, power_of_two=True)
   c_MkL = _e5m6_codes(x_MkL / s_Mk[..., None])  # exact: s is a power of two
-  c_MK = c_MkL.reshape(x_MK.shape[0], -1)[:, : x_MK.shape[1]]
+  c_MK = _joined(c_MkL)[:, : x_MK.shape[1]]
   return _pack_12_bits(c_MK), s_Mk.T
 
 
@@ -156,7 +156,13 @@ def _valid(x: jax.Array, rows) -> jax.Array:
 def _tiles(x: jax.Array) -> jax.Array:
   """[..., K] -> [..., k, 128], padded with zeros."""
   padding = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % TILE)]
-  return jnp.pad(x, padding).reshape(*x.shape[:-1], -1, TILE)
+  x = jnp.pad(x, padding)
+  return x.reshape(*x.shape[:-1], x.shape[-1] // TILE, TILE)
+
+
+def _joined(x: jax.Array) -> jax.Array:
+  """[M, k, L] -> [M, k L]."""
+  return x.reshape(x.shape[0], x.shape[1] * x.shape[2])
 
 
 def amax(x: jax.Array, axis) -> jax.Array:
@@ -224,17 +230,19 @@ def _e5m6_codes(v: jax.Array) -> jax.Array:
 # Bit i of a row of 12-bit codes, counted from its first code's highest bit, is bit
 # i mod 32 of word i div 32, counted from that word's highest bit.
 def _pack_12_bits(c_MK: jax.Array) -> jax.Array:
-  c = jnp.moveaxis(c_MK.reshape(c_MK.shape[0], -1, 8), -1, 0)
+  M, K = c_MK.shape
+  c = jnp.moveaxis(c_MK.reshape(M, K // 8, 8), -1, 0)
   words = [
     c[0] << 20 | c[1] << 8 | c[2] >> 4,
     c[2] << 28 | c[3] << 16 | c[4] << 4 | c[5] >> 8,
     c[5] << 24 | c[6] << 12 | c[7],
   ]
-  return jnp.stack(words, axis=-1).reshape(c_MK.shape[0], -1)
+  return _joined(jnp.stack(words, axis=-1))
 
 
 def _unpack_12_bits(p_MP: jax.Array) -> jax.Array:
-  w = jnp.moveaxis(p_MP.reshape(p_MP.shape[0], -1, 3), -1, 0)
+  M, P = p_MP.shape
+  w = jnp.moveaxis(p_MP.reshape(M, P // 3, 3), -1, 0)
   codes = [
     w[0] >> 20,
     w[0] >> 8,
@@ -245,4 +253,4 @@ def _unpack_12_bits(p_MP: jax.Array) -> jax.Array:
     w[2] >> 12,
     w[2],
   ]
-  return (jnp.stack(codes, axis=-1) & 0xFFF).reshape(p_MP.shape[0], -1)
+  return _joined(jnp.stack(codes, axis=-1) & 0xFFF)

@@ -18,7 +18,7 @@ from kernels_pallas.quantize.reference import TILE, Quantized
 def unsupported(*matrices: jax.Array, **_: bool) -> str | None:
   """Why this kernel cannot quantise these matrices, or None when it can."""
   for x in matrices:
-    if x.shape[0] % TILE or x.shape[1] % TILE:
+    if x.size == 0 or x.shape[0] % TILE or x.shape[1] % TILE:
       return f"needs dimensions that are multiples of {TILE}, got {list(x.shape)}"
   return None
 

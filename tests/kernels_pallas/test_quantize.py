@@ -207,6 +207,19 @@ def test_experts(impl):
     oracle.assert_same(one, oracle.blocks(w[e]))
 
 
+def test_no_rows():
+  """An expert without tokens: whatever the platform picks, shapes stay right."""
+  x = jnp.zeros((0, 256), jnp.bfloat16)
+  (q_MK, s_kM), (q_KM, s_mK) = jax.jit(qz.quantize_both)(x)
+  shapes = q_MK.shape, s_kM.shape, q_KM.shape, s_mK.shape
+  assert shapes == ((0, 256), (2, 0), (256, 0), (0, 256))
+  p_MP, s_kM = qz.pack_e5m6(x)
+  assert qz.unpack_e5m6(p_MP, s_kM).shape == (0, 256)
+  got = qz.swiglu_quantize_backward(x, jnp.zeros(0), x[:, :128], with_y=True)
+  assert got.dh_columns[0].shape == (256, 0)
+  assert got.dgate_Z.shape == (0,)
+
+
 def test_one_scale_a_tensor():
   x = tricky((7, 99)).reshape(7, 9, 11)
   q, s = jax.jit(qz.quantize_tensor)(x)
