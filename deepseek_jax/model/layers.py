@@ -46,7 +46,7 @@ def is_variable(node: Any) -> bool:
   return isinstance(node, nnx.Variable)
 
 
-def map_variables(fn: Callable[[Any], Any], *trees: Any) -> Any:
+def map_variables(fn: Callable[..., Any], *trees: Any) -> Any:
   """`jax.tree.map` over the variables of modules, metadata in hand."""
   return jax.tree.map(fn, *trees, is_leaf=is_variable)
 

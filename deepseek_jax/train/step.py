@@ -322,7 +322,8 @@ def _update(config, blueprint, state, gradients, scale, parts, scalars) -> Train
   count = state.step + 1
   params, mu, nu = {}, {}, {}
   for name, parameter in state.params.items():
-    norm = variables[name].get_metadata().get("norm", False)
+    meta = variables[name].get_metadata()
+    spared = meta.get("norm") or meta.get("bias")  # gains and biases
     params[name], mu[name], nu[name] = adamw(
       parameter,
       gradients[name] * scale,
@@ -330,7 +331,7 @@ def _update(config, blueprint, state, gradients, scale, parts, scalars) -> Train
       state.nu[name],
       count=count,
       learning_rate=scalars.learning_rate,
-      decay=t.decay_norms or not norm,
+      decay=t.decay_norms or not spared,
       config=t,
     )
   bias, layer = {}, 0
