@@ -42,7 +42,7 @@ def import_checkpoint(
   config = _config_of_import(config, source)
   target = Path(folder)
   workdir.check(config, target)
-  if any(target.glob("checkpoints/[0-9]*")):
+  if any(path.name.isdigit() for path in target.glob("checkpoints/*")):
     log.info("%s holds this checkpoint already", target)
     return
   mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from deepseek_jax.io.hf_names import HF_SCALE, hf_names, hf_places
 from deepseek_jax.io.safetensors import SafetensorsError, SafetensorsFolder
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.layers import named_variables
+from tests.fixtures import weights
 from tests.io.hf_folders import MODELS, V2_LITE, V3, random_tensors, write_folder
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -100,6 +102,18 @@ def test_fp8_comes_back_byte_by_byte(tmp_path, name, stored):
     source, arrays = arrays_of(folder, fp8=True)
   layout = Layout.of(source.folder)
   export_hf(arrays, config, tmp_path / "same", layout=layout, progress=False)
+  assert_same_files(folder, tmp_path / "same")
+
+
+def test_a_folder_as_released_comes_back(tmp_path):
+  """Files that the safetensors library wrote."""
+  folder = tmp_path / "m"
+  shutil.copytree(weights.FOLDER / "hf_tiny_v3", folder)
+  (folder / "expected.npz").unlink()
+  source, arrays = arrays_of(folder, fp8=True)
+  layout = Layout.of(source.folder)
+  export_hf(arrays, source.config, tmp_path / "same", layout=layout, tokenizer=folder,
+            progress=False)  # fmt: skip
   assert_same_files(folder, tmp_path / "same")
 
 

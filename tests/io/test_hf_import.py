@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.io.hf_check import open_checkpoint
-from deepseek_jax.io.hf_config import Quantization
+from deepseek_jax.io.hf_config import Quantization, read_config
 from deepseek_jax.io.hf_import import (
   FP8,
   compute_targets,
@@ -29,9 +29,9 @@ from deepseek_jax.model.layers import named_variables
 from tests.fixtures import weights
 from tests.io.hf_folders import MODELS, MOE, QWEN, V2_LITE, V3, random_tensors
 from tests.io.hf_folders import write_folder as write
-from tests.model.test_hf import config_of
 
 BF16 = ml_dtypes.bfloat16
+TINY_V3 = weights.FOLDER / "hf_tiny_v3"
 
 
 def dequantised(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -161,13 +161,40 @@ def test_each_device_gets_its_shard(tmp_path, kind):
 def test_logits_of_an_imported_model(tmp_path, name):
   """Hugging Face's logits from the folder that it would read."""
   meta, arrays = weights.load(name)
-  config = config_of(meta["config"])
+  config, _ = read_config(meta["config"])
   folder = write(tmp_path / name, config, weights.draw_all(meta))
   model, found = load(folder, dtype=jnp.float32, max_seq_len=256, progress=False)
   assert found == dataclasses.replace(config, max_seq_len=256, name=found.name)
   with jax.default_matmul_precision("highest"):
     logits = jax.jit(lambda m, ids: m.logits(ids))(model, arrays["ids"])
   np.testing.assert_allclose(logits, arrays["logits32"], atol=2e-5, rtol=0)
+
+
+def test_a_folder_as_released():
+  """V3's form, written by the safetensors library: FP8 blocks, an MTP layer, two files.
+
+  Logits are transformers', which needed its weights dequantised first.
+  """
+  want = np.load(TINY_V3 / "expected.npz")
+  model, config = load(TINY_V3, dtype=jnp.float32, max_seq_len=64, progress=False)
+  named = named_variables(model)
+  for key in want.files:
+    name = key.removeprefix("dequantised/")
+    if name != key:
+      place = hf_places(config)[name]
+      last = slice(place.start, place.start + place.body[-1])
+      ours = np.asarray(named[place.path][...])[place.index][..., last]
+      np.testing.assert_array_equal(ours.reshape(place.shape[::-1]).T, want[key])
+
+  def compute(model, ids):
+    hidden = model(ids).hidden_BTD
+    (ahead,), _ = model.look_ahead(hidden[:, :-1], ids[:, 1:])
+    return model.head(model.norm(hidden)), model.head(ahead)
+
+  with jax.default_matmul_precision("highest"):
+    logits, ahead = jax.jit(compute)(model, want["ids"])
+  np.testing.assert_allclose(logits, want["logits"], atol=2e-5, rtol=0)
+  np.testing.assert_allclose(ahead, want["mtp1_logits"], atol=2e-5, rtol=0)
 
 
 NAME = "model.layers.1.mlp.experts.3.down_proj.weight"
