@@ -76,8 +76,9 @@ def test_in_and_out_again(tmp_path, kind, capsys):
 def test_a_dense_model_after_an_interruption(tmp_path):
   """What a killed import left is no checkpoint: the same command starts again."""
   folder = write(tmp_path / "hf", QWEN, random_tensors(QWEN))
-  left = tmp_path / "run" / "checkpoints" / "0.orbax-checkpoint-tmp-1"
-  (left / "state").mkdir(parents=True)
+  do_import(folder, tmp_path / "run")
+  whole = tmp_path / "run" / "checkpoints" / "0"
+  whole.rename(whole.with_name("0.orbax-checkpoint-tmp-1"))  # as Orbax names a part
   do_import(folder, tmp_path / "run")
   assert os.listdir(tmp_path / "run" / "checkpoints") == ["0"]
   assert workdir.read(tmp_path / "run").model == QWEN
