@@ -1,7 +1,7 @@
 """Arithmetic of the Hopper kernels: codes and scales to the last bit, on registers.
 
-PTX divides FP32 to 2 units in the last place at the settings that Mosaic GPU compiles
-with, so quotients here come from a reciprocal and are corrected by their remainder,
+A division here is only good to 2 units in the last place: on an H100 scales came out
+one unit off. So quotients are made from a reciprocal and corrected by their remainder,
 which a fused multiply-add gives exactly (Markstein 1990): three instructions for each
 x / s.
 """
@@ -93,7 +93,12 @@ def divide(
 def _fused_multiply_add(
   a: jax.Array, b: jax.Array | float, c: jax.Array | float, layout
 ) -> jax.Array:
-  """a * b + c rounded once; jnp has no such operation."""
+  """a * b + c rounded once; jnp has no such operation.
+
+  Constants are given as floats: a constant array has no layout, which goes unnoticed
+  until the kernel is compiled on a GPU. For the same reason an array spread from a
+  scalar needs `layout_cast` before it comes here.
+  """
   arrays = [x for x in (a, b, c) if not isinstance(x, float)]
 
   @plgpu.inline_mgpu(
