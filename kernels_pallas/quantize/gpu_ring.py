@@ -1,10 +1,10 @@
 """A persistent loop over tiles on Hopper, with TMA loads running ahead.
 
 One thread block of four warpgroups lives on each SM, or two where shared memory holds
-both, and takes every 132nd or 264th tile. Tiles of the sources arrive in a ring of shared
-memory, filled by the first warpgroup as slots come free, so that loads go on while all
-four compute; results leave by TMA too. Four warpgroups also bound the registers of a
-thread to 128, which the compiler would otherwise exceed.
+both; together they take turns at the tiles. Tiles of the sources arrive in a ring of
+shared memory, filled by the first warpgroup as slots come free, so that loads go on
+while all four compute; results leave by TMA too. Four warpgroups also bound the
+registers of a thread to 128, which the compiler would otherwise exceed.
 """
 
 import dataclasses
