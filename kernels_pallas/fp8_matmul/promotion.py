@@ -1,0 +1,99 @@
+"""What one warpgroup of the FP8 kernel does to a tile: multiply 128, scale, add.
+
+The tensor cores of Hopper keep about 14 bits while they accumulate FP8 products, so
+128 of the contraction go into a fresh accumulator, which is scaled and added to sums in
+FP32 registers (DeepSeek-V3 report, section 3.3.2).
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+WARPGROUP_ROWS = 64  # of a wgmma instruction
+_BY_ROW = plgpu.Layout.WGMMA.reduce(1)
+_BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+  """Slots of shared memory, with a barrier each for "filled" and "free again"."""
+
+  t: Any
+  a: Any
+  b: Any
+  sa: Any
+  filled: Any
+  free: Any
+  sb: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """64 rows of one tile, whose step 0 is the ring's step `first`."""
+
+  ring: Ring
+  work: Any
+  mine: Any
+  first: Any
+
+  def slot(self, k):
+    return lax.rem(self.first + k, self.ring.t.stages)
+
+  def scales(self, k):
+    """Waits for step k's operands and reads its scales."""
+    ring, slot = self.ring, self.slot(k)
+    scalars = () if ring.sb is not None else tuple(self.work.column_scales(k))
+    plgpu.barrier_wait(ring.filled.at[slot])
+    return plgpu.load(ring.sa.at[slot, self.mine], layout=_BY_ROW), scalars
+
+  def start(self, acc, k, columns):
+    """Queues 128 of the contraction on the tensor cores."""
+    a = self.ring.a.at[self.slot(k), self.mine]
+    b = self.ring.b.at[self.slot(k), columns]
+    plgpu.wgmma(acc, a, b.transpose((1, 0)))
+
+  def promote(self, product, k, scales, sums, at, last):
+    """The sums from column `at` on, with a fresh product added; frees the slot."""
+    (sa, scalars), ring, slot = scales, self.ring, self.slot(k)
+    free = functools.partial(plgpu.barrier_arrive, ring.free.at[slot])
+    if last and ring.sb is None:
+      free()
+    width, new = sums[0].shape[1], list(sums)
+    for i in range(at // width, (at + product.shape[1]) // width):
+      start = i * width - at
+      part, shape = product[:, start : start + width], sums[0].shape
+      if ring.sb is None:
+        part = part * lax.broadcast_in_dim(sa * scalars[i], shape, (0,))
+      else:
+        sb = plgpu.load(ring.sb.at[slot, pl.ds(i * width, width)], layout=_BY_COLUMN)
+        part = part * lax.broadcast_in_dim(sb, shape, (1,))
+        part = part * lax.broadcast_in_dim(sa, shape, (0,))
+      new[i] = sums[i] + part
+    if last and ring.sb is not None:
+      if ring.t.share:
+        # To a cluster one thread reports for all: wait until all have read.
+        plgpu.commit_smem()
+      free()
+    return tuple(new)
+
+  def add_step(self, k, sums):
+    """One step by itself: multiply, wait, promote."""
+    columns, scales = self.ring.t.columns, self.scales(k)
+    fresh = self.ring.t.fresh or columns
+    for at in range(0, columns, fresh):
+
+      def multiply(acc, at=at):
+        self.start(acc, k, pl.ds(at, fresh))
+        return acc[...]
+
+      product = pl.run_scoped(multiply, _accumulator(fresh))
+      sums = self.promote(product, k, scales, sums, at, at + fresh == columns)
+    return sums
+
+
+def _accumulator(columns: int):
+  return plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, columns))
