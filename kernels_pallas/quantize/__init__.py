@@ -35,12 +35,13 @@ dtype do not suit that):
 | name | runs on | what |
 |---|---|---|
 | reference | everywhere | plain jnp: the meaning, and what CPU runs |
-| gpu | NVIDIA Hopper | Mosaic GPU kernels for BF16: all but those below |
+| gpu | NVIDIA Hopper | Mosaic GPU kernels for all that quantises to FP8, from BF16 |
 | tpu | TPU | a Pallas kernel for rows, columns and both |
 
-requantize_columns, E5M6 and the plain-jnp functions are left to XLA everywhere, as is
-what `unsupported` of a kernel's module refuses: `gpu` FP32, FP8 h and dimensions that
-are no multiples of 64; `tpu` those that are no multiples of 128.
+The rest is left to XLA, as is what `unsupported` of a kernel's module refuses: `gpu`
+FP32 and dimensions that are no multiples of 64, `tpu` those that are none of 128. What
+reads codes (requantize_columns, SwiGLU of h in FP8) takes the GPU's kernel only where
+that is named: it has been interpreted and lowered, but not timed.
 
 Shapes: M rows, K columns, E experts, N columns of a weight, Z dispatched rows, F
 hidden; a lower-case letter is that dimension divided by 128, rounded up; P = 3 K / 8.
@@ -167,8 +168,8 @@ def requantize_columns(
   Returns:
     q_KM, s_mK.
   """
-  choose("requantize_columns", impl, _XLA, _PORTABLE)
-  return reference.requantize_columns(q_MK, s_kM, power_of_two, dtype, rows)
+  module = _implementation(_GPU, impl, q_MK, by_columns=True)
+  return module.requantize_columns(q_MK, s_kM, power_of_two, dtype, rows)
 
 
 def quantize_blocks(
@@ -325,6 +326,8 @@ def _implementation(
   else:
     return reference
   reason = kernels.unsupported(*matrices, **needs)
+  if impl is None and any(x.dtype.itemsize == 1 for x in matrices):
+    reason = "reads codes only when named"  # until that has been timed
   if reason is None:
     return kernels
   if impl is None:

@@ -1,7 +1,8 @@
 """Quantisation on NVIDIA Hopper: what `gpu_tiles` writes for each operation.
 
 Takes BF16; K is a multiple of 64, M of 8, or of 64 where columns are written, and
-SwiGLU's F of 128. XLA does the rest: FP32 inputs, E5M6, and dh unquantised.
+SwiGLU's F of 128. XLA does the rest: FP32 inputs, E5M6, dh unquantised, and widening
+codes to BF16 where they are read, which costs 3 bytes each.
 
 Shapes: M rows, K columns, Z dispatched rows, F hidden; a lower-case letter is that
 dimension divided by 128, rounded up.
@@ -11,9 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.quantize import gpu_blocks, reference
-from kernels_pallas.quantize.gpu_tiles import Output, quantize_tiles
+from kernels_pallas.quantize.gpu_tiles import Matrix, Output, quantize_tiles
 from kernels_pallas.quantize.reference import TILE, Quantized
 
+_CODES = (jnp.float8_e4m3fn, jnp.float8_e5m2)
 _BOX = (8, 64)  # rows and columns of what TMA copies, by the layout in shared memory
 _LOG2_E = 1.4426950408889634
 
@@ -23,7 +25,7 @@ def unsupported(
 ) -> str | None:
   """Why these kernels cannot quantise these matrices so, or None when they can."""
   for x in matrices:
-    if x.dtype != jnp.bfloat16:
+    if x.dtype not in (jnp.bfloat16, *_CODES):
       return f"takes bfloat16, got {x.dtype}: cast it"
   M, K = matrices[0].shape[-2:]
   if 0 in matrices[0].shape:
@@ -67,14 +69,14 @@ def _plain(tiles, gate):
 _PLAIN, _SWIGLU = [Output(_plain, 1)], [Output(_swiglu, 1)]
 
 
-def _quantize(x_MK, by_rows, by_columns, power_of_two, dtype, rows, interpret):
+def _quantize(x_MK: Matrix, by_rows, by_columns, power_of_two, dtype, rows, interpret):
   q_rows, q_columns, _ = quantize_tiles(
-    [(x_MK, 0)],
+    [x_MK],
     None,
     rows,
     by_rows,
     by_columns,
-    columns=x_MK.shape[1],
+    columns=x_MK.array.shape[1],
     power_of_two=power_of_two,
     dtype=dtype,
     interpret=interpret,
@@ -83,12 +85,12 @@ def _quantize(x_MK, by_rows, by_columns, power_of_two, dtype, rows, interpret):
 
 
 def quantize_rows(x_MK, power_of_two, dtype, rows=None, interpret=None) -> Quantized:
-  [out] = _quantize(x_MK, _PLAIN, [], power_of_two, dtype, rows, interpret)
+  [out] = _quantize(Matrix(x_MK), _PLAIN, [], power_of_two, dtype, rows, interpret)
   return out
 
 
 def quantize_columns(x_MK, power_of_two, dtype, rows=None, interpret=None) -> Quantized:
-  [out] = _quantize(x_MK, [], _PLAIN, power_of_two, dtype, rows, interpret)
+  [out] = _quantize(Matrix(x_MK), [], _PLAIN, power_of_two, dtype, rows, interpret)
   return out
 
 
@@ -96,7 +98,7 @@ def quantize_both(
   x_MK, power_of_two, dtype, rows=None, interpret=None
 ) -> tuple[Quantized, Quantized]:
   by_rows, by_columns = _quantize(
-    x_MK, _PLAIN, _PLAIN, power_of_two, dtype, rows, interpret
+    Matrix(x_MK), _PLAIN, _PLAIN, power_of_two, dtype, rows, interpret
   )
   return by_rows, by_columns
 
@@ -110,12 +112,30 @@ def quantize_blocks(
   return out if w.ndim == 3 else jax.tree.map(lambda a: a[0], out)
 
 
+def requantize_columns(
+  q_MK, s_kM, power_of_two, dtype, rows=None, interpret=None
+) -> Quantized:
+  """XLA widens the codes first: 8-bit shared memory cannot be read transposed."""
+  x_MK = Matrix(q_MK.astype(jnp.bfloat16), s_kM)
+  [out] = _quantize(x_MK, [], _PLAIN, power_of_two, dtype, rows, interpret)
+  return out
+
+
+def _halves(h: jax.Array | Quantized) -> tuple[Matrix, Matrix]:
+  """The two halves of h's columns; codes become BF16, which holds them exactly."""
+  codes, scales = (
+    (h[0].astype(jnp.bfloat16), h[1]) if isinstance(h, tuple) else (h, None)
+  )
+  return Matrix(codes, scales), Matrix(codes, scales, codes.shape[1] // 2 // TILE)
+
+
 def swiglu_quantize(
   h_Z2F, gate_Z, both: bool, power_of_two, dtype, rows=None, interpret=None
 ) -> Quantized | tuple[Quantized, Quantized]:
-  F = h_Z2F.shape[1] // 2
+  a_ZF, u_ZF = _halves(h_Z2F)
+  F = a_ZF.array.shape[1] // 2
   q_rows, q_columns, _ = quantize_tiles(
-    [(h_Z2F, 0), (h_Z2F, F // TILE)],
+    [a_ZF, u_ZF],
     gate_Z,
     rows,
     _SWIGLU,
@@ -142,7 +162,7 @@ def swiglu_quantize_backward(
   F = dy_ZF.shape[1]
   gradients = [Output(_swiglu_backward, 2)]
   q_rows, q_columns, terms_fZ = quantize_tiles(
-    [(h_Z2F, 0), (h_Z2F, F // TILE), (dy_ZF, 0)],
+    [*_halves(h_Z2F), Matrix(dy_ZF)],
     gate_Z,
     rows,
     gradients,
@@ -155,6 +175,7 @@ def swiglu_quantize_backward(
   )
   dh_Z2F = None
   if with_dh is not None:
+    h_Z2F = reference.plain(h_Z2F)
     dh_Z2F = reference.swiglu_backward(h_Z2F, gate_Z, dy_ZF, rows)[0].astype(with_dh)
   return (
     q_rows[0],

@@ -41,8 +41,17 @@ class Output:
   V: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+  """What a kernel reads: BF16, or codes held in BF16 with their 1x128 scales [k, M]."""
+
+  array: jax.Array
+  scales: jax.Array | None = None
+  first: int = 0  # of the tile columns that are read
+
+
 def quantize_tiles(
-  sources: Sequence[tuple[jax.Array, int]],
+  sources: Sequence[Matrix],
   gate_M: jax.Array | None,
   rows: jax.Array | int | None,
   by_rows: Sequence[Output],
@@ -57,7 +66,7 @@ def quantize_tiles(
   """Runs the kernel.
 
   Args:
-    sources: BF16 matrices with M rows, each with the first of the tile columns read.
+    sources: matrices with M rows.
     gate_M: FP32 factor of each row, or None.
     rows: number of valid rows, or None.
     by_rows, by_columns: what to write in either direction.
@@ -68,7 +77,7 @@ def quantize_tiles(
     Quantised outputs along rows (V K columns), along columns (V K rows), and for each
     tile column the sums over its 128 columns, [k, M].
   """
-  M, K = sources[0][0].shape[0], columns
+  M, K = sources[0].array.shape[0], columns
   m, k = pl.cdiv(M, TILE), pl.cdiv(K, TILE)
   slots = max(2, *(output.V for output in (*by_rows, *by_columns)))
   per_tile = sum(output.V for output in (*by_rows, *by_columns))
@@ -84,7 +93,13 @@ def quantize_tiles(
 
   def compute(place, t, tiles, scalar_refs, out_refs, scratch):
     i, j = place
-    tile = _Tile(i, j, tiles, gate_M is not None, scalar_refs, k, codes)
+    refs = list(scalar_refs)
+    rows_ref = None if rows is None else refs.pop(0)
+    scales = [
+      None if source.scales is None else refs.pop(0).at[j + source.first]
+      for source in sources
+    ]
+    tile = _Tile(i, j, tiles, scales, gate_M is not None, rows_ref, k, codes)
     staging = _Staging(scratch[0], slots, t * per_tile)
     for n, output in enumerate((*by_rows, *by_columns)):
       refs = out_refs[2 * n : 2 * n + 2]
@@ -96,7 +111,10 @@ def quantize_tiles(
     compute,
     (m, k),
     _sources(sources, gate_M),
-    [] if rows is None else [jnp.asarray(rows, jnp.int32).reshape(1)],
+    [
+      *([] if rows is None else [jnp.asarray(rows, jnp.int32).reshape(1)]),
+      *(_to_tiles(source.scales) for source in sources if source.scales is not None),
+    ],
     out,
     [swizzled((WARPGROUPS, slots, STEP, TILE), dtype)],
     WARPGROUPS * slots * STEP * TILE,
@@ -115,11 +133,16 @@ def _sources(matrices, gate_M) -> list[Source]:
   def tile_at(offset):
     return lambda i, j: (pl.ds(i * TILE, TILE), pl.ds((j + offset) * TILE, TILE))
 
-  sources = [Source(x, (TILE, TILE), tile_at(offset)) for x, offset in matrices]
+  sources = [Source(x.array, (TILE, TILE), tile_at(x.first)) for x in matrices]
   if gate_M is not None:
-    gate_M = jnp.pad(gate_M.astype(jnp.float32), (0, -gate_M.shape[0] % TILE))
+    gate_M = _to_tiles(gate_M.astype(jnp.float32))
     sources.append(Source(gate_M, (TILE,), lambda i, j: (pl.ds(i * TILE, TILE),)))
   return sources
+
+
+def _to_tiles(x: jax.Array) -> jax.Array:
+  """Zeros after the last of the rows M, which are x's last dimension."""
+  return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % TILE)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,8 +169,9 @@ class _Tile:
   m: Any
   k: Any
   tiles: Sequence[Any]
+  scales: Sequence[Any]  # of each source, in global memory, or None
   gated: bool
-  scalar_refs: Sequence[Any]
+  rows_ref: Any
   k_tiles: int
   codes: Codes
 
@@ -190,17 +214,25 @@ class _Tile:
     """FP32 values and gate of 32 rows and a chunk of columns of the tile, or of its
     transpose, with rows that are not valid set to zero."""
     shape, dimension = (STEP, _CHUNK), 1 if transposed else 0  # that of M
-    matrices = self.tiles[:-1] if self.gated else self.tiles
-    values = [read(smem, start, first, _CHUNK, transposed) for smem in matrices]
+    row_of_tile, count = (first, _CHUNK) if transposed else (start, STEP)
+    at, layout = pl.ds(row_of_tile, count), LAYOUT.reduce(1 - dimension)
+
+    def spread(of_rows):
+      return lax.broadcast_in_dim(of_rows, shape, (dimension,))
+
+    values = []
+    for smem, scales in zip(self.tiles, self.scales):
+      value = read(smem, start, first, _CHUNK, transposed)
+      if scales is not None:
+        of_rows = scales.at[pl.ds(self.m * TILE + row_of_tile, count)]
+        value *= spread(plgpu.load(of_rows, layout=layout, optimized=False))
+      values.append(value)
     gate = None
     if self.gated:
-      at = pl.ds(first, _CHUNK) if transposed else pl.ds(start, STEP)
-      gate = plgpu.load(self.tiles[-1].at[at], layout=LAYOUT.reduce(1 - dimension))
-      gate = lax.broadcast_in_dim(gate, shape, (dimension,))
-    if self.scalar_refs:
+      gate = spread(plgpu.load(self.tiles[-1].at[at], layout=layout))
+    if self.rows_ref is not None:
       row = plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=LAYOUT)
-      row_of_tile = first if transposed else start
-      valid = row < self.scalar_refs[0][0] - self.m * TILE - row_of_tile
+      valid = row < self.rows_ref[0] - self.m * TILE - row_of_tile
       values = [jnp.where(valid, v, 0.0) for v in values]
       gate = None if gate is None else jnp.where(valid, gate, 0.0)
     return values, gate

@@ -97,7 +97,7 @@ def swiglu_backward(
 def swiglu_quantize(
   h: jax.Array | Quantized, gate_Z, both: bool, power_of_two, dtype, rows=None
 ) -> Quantized | tuple[Quantized, Quantized]:
-  y_ZF = swiglu(_plain(h), gate_Z, rows)
+  y_ZF = swiglu(plain(h), gate_Z, rows)
   return (quantize_both if both else quantize_rows)(y_ZF, power_of_two, dtype)
 
 
@@ -112,7 +112,7 @@ def swiglu_quantize_backward(
   rows=None,
 ) -> tuple:
   """(rows of dh, columns of dh, dgate, columns of y, dh); None where not asked for."""
-  h_Z2F = _plain(h)
+  h_Z2F = plain(h)
   dh_Z2F, dgate_Z = swiglu_backward(h_Z2F, gate_Z, dy_ZF, rows)
   y_columns = None
   if with_y:
@@ -140,7 +140,7 @@ def unpack_e5m6(p_MP: jax.Array, s_kM: jax.Array) -> jax.Array:
   return dequantize_rows(v_MK, s_kM)
 
 
-def _plain(h: jax.Array | Quantized) -> jax.Array:
+def plain(h: jax.Array | Quantized) -> jax.Array:
   return dequantize_rows(*h) if isinstance(h, tuple) else h
 
 

@@ -170,11 +170,12 @@ def test_rows_that_are_not_valid_count_as_zeros(impl, form, valid):
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])
-def test_requantize_columns(power_of_two):
+@pytest.mark.parametrize("impl", ["reference", GPU])
+def test_requantize_columns(impl, power_of_two):
   x = tricky((256, 384), seed=4)
   q_MK, s_kM = oracle.rows(x, power_of_two=power_of_two)
   plain = q_MK.astype(np.float32) * s_kM.T.repeat(128, 1)
-  requantize = compiled(qz.requantize_columns, None, power_of_two=power_of_two)
+  requantize = compiled(qz.requantize_columns, impl, power_of_two=power_of_two)
   got = requantize(jnp.asarray(q_MK), jnp.asarray(s_kM))
   oracle.assert_same(got, oracle.columns(plain, power_of_two=power_of_two))
 

@@ -74,6 +74,22 @@ def test_gpu_swiglu_interpreted():
 
 
 @on("cpu")
+def test_gpu_kernels_that_read_codes_interpreted():
+  x = tricky((192, 192))
+  q_MK, s_kM = oracle.rows(x)
+  plain = q_MK.astype(np.float32) * s_kM.T.repeat(128, 1)[:, :192]
+  got = gpu.requantize_columns(
+    jnp.asarray(q_MK), jnp.asarray(s_kM), True, E4M3, interpret=INTERPRET
+  )
+  oracle.assert_same(got, oracle.columns(plain, power_of_two=True))
+  h = qz.quantize_rows(jnp.asarray(np.random.default_rng(2).normal(size=(64, 256))))
+  q_ZF, s_fZ = gpu.swiglu_quantize(h, None, False, False, E4M3, interpret=INTERPRET)
+  q_want, s_want = reference.swiglu_quantize(h, None, False, False, E4M3)
+  np.testing.assert_allclose(s_fZ, s_want, rtol=2.0**-20)
+  assert (np.asarray(q_ZF, np.float32) != np.asarray(q_want, np.float32)).mean() < 1e-3
+
+
+@on("cpu")
 @pytest.mark.parametrize("power_of_two", [False, True], ids=["fp32", "ue8m0"])
 def test_tpu_kernel_interpreted(power_of_two):
   x = poisoned((256, 384))
@@ -115,6 +131,20 @@ def test_gpu_swiglu_lowers_for_cuda(shape):
   Z, F = shape
   gate, rows = shaped(Z, dtype=jnp.float32), shaped(dtype=jnp.int32)
   assert_lowers(swiglu_both_ways, shaped(Z, 2 * F), gate, shaped(Z, F), rows)
+
+
+def test_gpu_kernels_that_read_codes_lower_for_cuda():
+  def both(q, s, gate, dy):
+    h = q, s
+    return (
+      gpu.requantize_columns(q, s, True, E4M3),
+      gpu.swiglu_quantize(h, gate, True, False, E4M3),
+      gpu.swiglu_quantize_backward(h, gate, dy, True, None, False, E4M3),
+    )
+
+  codes, scales = shaped(4096, 4096, dtype=E4M3), shaped(32, 4096, dtype=jnp.float32)
+  gate = shaped(4096, dtype=jnp.float32)
+  assert_lowers(both, codes, scales, gate, shaped(4096, 2048))
 
 
 def assert_lowers(function, *args):
