@@ -84,6 +84,7 @@ def _fp8_backward(recipe, residuals, dy_MD):
     recipe,
     dy_MD.dtype,
   )
+  assert d_gates_Z is not None
   dx_CD, d_gates_CA = d.collapse(dx_ZD, plan), d.collapse_gates(d_gates_Z, plan)
   dx_MD, d_gates_MA = d.go_home((dx_CD, d_gates_CA), plan)
   return dx_MD, d_gates_MA, d13, d2, None, None

@@ -72,6 +72,7 @@ def expert_feed_forward(
   if isinstance(w13_ED2F, Fp8Weight):
     assert isinstance(w2_EFD, Fp8Weight)
     return _fp8(rows_ZD, gates_Z, group_sizes_E, w13_ED2F, w2_EFD)
+  assert not isinstance(w2_EFD, Fp8Weight)
   hidden = grouped.grouped_matmul(rows_ZD, w13_ED2F, group_sizes_E)
   hidden = checkpoint_name(hidden, "swiglu_input")
   gated = _widen(swiglu(hidden)) * gates_Z[:, None]

@@ -74,7 +74,7 @@ def seconds(function, args, flags) -> float:
 
 def calc_diff(x, y) -> float:
   x, y = (np.asarray(a, np.float32).astype(np.float64).ravel() for a in (x, y))
-  return 1 - 2 * (x @ y) / (x @ x + y @ y)
+  return float(1 - 2 * (x @ y) / (x @ x + y @ y))
 
 
 def main():
