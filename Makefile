@@ -30,8 +30,9 @@ help:
 demo: env
 	@sh .ci/demo.sh
 
+# A file's tests stay together: they share compiled programs and finished runs.
 test: env
-	@$(python) -m pytest $(ARGS)
+	@$(python) -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 lint: env
 	@$(python) -m ruff format --check .
