@@ -25,11 +25,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.fp8_matmul.promotion import WARPGROUP_ROWS, Part, Ring
+from kernels_pallas.hopper import streaming_multiprocessors, swizzled
 
 BLOCK = 128  # of the contraction: one scale, one promotion
 ROWS = 128  # of a tile of the output
 _SCALES_AT_ONCE = 32  # of columns, so that they fit in registers beside the sums
-_HOPPER_SMS = 132  # of an H100 SXM, an H200 and an H800
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,7 @@ def run(
       )
       _multiply_tiles(describe, tiles, ring, store, warpgroup)
 
-  sms = num_sms or (_streaming_multiprocessors() if interpret is None else 2)
+  sms = num_sms or (streaming_multiprocessors() if interpret is None else 2)
   mesh = plgpu.Mesh(
     grid=(max(1, sms // 2) if t.share else sms,),
     grid_names=("sm",),
@@ -166,10 +166,10 @@ def _scratch(
   if t.share:
     free = functools.partial(plgpu.ClusterBarrier, collective_axes=("pair",))
   scratch = {
-    "a": _swizzled((t.stages, ROWS, BLOCK), jnp.float8_e4m3fn, swizzle),
-    "b": _swizzled((t.stages, t.columns, BLOCK), jnp.float8_e4m3fn, swizzle),
+    "a": swizzled((t.stages, ROWS, BLOCK), jnp.float8_e4m3fn, swizzle),
+    "b": swizzled((t.stages, t.columns, BLOCK), jnp.float8_e4m3fn, swizzle),
     "sa": plgpu.SMEM((t.stages, ROWS), jnp.float32),
-    "out_smem": _swizzled((2, 2, WARPGROUP_ROWS, columns), out_dtype, bytes_),
+    "out_smem": swizzled((2, 2, WARPGROUP_ROWS, columns), out_dtype, bytes_),
     "filled": plgpu.Barrier(num_arrivals=copies, num_barriers=t.stages),
     "free": free(num_arrivals=2, num_barriers=t.stages),  # two warpgroups
   }
@@ -267,23 +267,3 @@ def _store(sums, smem, out_tile, add):
 
 def _store_columns(t: Tiling, dtype) -> int:
   return min(128 // jnp.dtype(dtype).itemsize, granule(t.columns))
-
-
-def _swizzled(shape: tuple[int, ...], dtype, bytes_: int):
-  """Shared memory in the layout that TMA and wgmma both take."""
-  columns = bytes_ // jnp.dtype(dtype).itemsize
-  transforms = (
-    plgpu.TilingTransform((8, columns)),  # pyright: ignore[reportAbstractUsage]
-    plgpu.SwizzleTransform(bytes_),  # pyright: ignore[reportAbstractUsage]
-  )
-  return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
-def _streaming_multiprocessors() -> int:
-  """Of the GPU that this is traced for; of an H100 when that is not known."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  if device is not None and device.platform == "gpu" and device.num_cores:
-    return device.num_cores
-  if jax.default_backend() == "gpu":
-    return jax.devices()[0].core_count
-  return _HOPPER_SMS

@@ -25,11 +25,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.grouped_matmul import schedule
+from kernels_pallas.hopper import streaming_multiprocessors, swizzled
 
 ROW_MULTIPLE = schedule.BLOCK_ROWS
 _WARPGROUP_ROWS = 64  # of a wgmma instruction
 _SWIZZLE_BYTES = 128
-_HOPPER_SMS = 132  # of an H100 SXM, an H200 and an H800
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +197,7 @@ def _persistent_matmul(
       functools.partial(body, *refs), collective_axes="warpgroup", **scratch
     )
 
-  sms = num_sms or (_streaming_multiprocessors() if interpret is None else 2)
+  sms = num_sms or (streaming_multiprocessors() if interpret is None else 2)
   mesh = plgpu.Mesh(
     grid=(sms,), grid_names=("sm",), num_threads=3, thread_name="warpgroup"
   )
@@ -225,9 +225,9 @@ def _scratch(dtype, t: Tiling, transposed: tuple[bool, bool]) -> dict[str, Any]:
   b_block = (t.columns, t.depth) if transposed[1] else (t.depth, t.columns)
   store_columns = _SWIZZLE_BYTES // jnp.dtype(dtype).itemsize
   return {
-    "a": _swizzled((t.stages, *a_block), jnp.bfloat16),
-    "b": _swizzled((t.stages, *b_block), jnp.bfloat16),
-    "out_smem": _swizzled((2, 2, _WARPGROUP_ROWS, store_columns), dtype),
+    "a": swizzled((t.stages, *a_block), jnp.bfloat16),
+    "b": swizzled((t.stages, *b_block), jnp.bfloat16),
+    "out_smem": swizzled((2, 2, _WARPGROUP_ROWS, store_columns), dtype),
     "filled": plgpu.Barrier(num_arrivals=2, num_barriers=t.stages),  # two copies
     "free": plgpu.Barrier(num_arrivals=2, num_barriers=t.stages),  # two warpgroups
   }
@@ -325,23 +325,3 @@ def _store(product, smem, out_tile, add):
     plgpu.copy_smem_to_gmem(
       smem.at[i % 2], out_tile.at[:, at_columns], reduction_op="add" if add else None
     )
-
-
-def _swizzled(shape: tuple[int, ...], dtype):
-  """Shared memory in the layout that TMA and wgmma both take."""
-  columns = _SWIZZLE_BYTES // jnp.dtype(dtype).itemsize
-  transforms = (
-    plgpu.TilingTransform((8, columns)),  # pyright: ignore[reportAbstractUsage]
-    plgpu.SwizzleTransform(_SWIZZLE_BYTES),  # pyright: ignore[reportAbstractUsage]
-  )
-  return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
-def _streaming_multiprocessors() -> int:
-  """Of the GPU that this is traced for; of an H100 when that is not known."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  if device is not None and device.platform == "gpu" and device.num_cores:
-    return device.num_cores
-  if jax.default_backend() == "gpu":
-    return jax.devices()[0].core_count
-  return _HOPPER_SMS

@@ -18,6 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas import hopper
+
 WARPGROUPS = 4
 _BLOCKS = 2  # thread blocks on an SM, where shared memory suffices
 # No barriers of the compiler's own: TMA writes shared memory that threads read, threads
@@ -25,7 +27,6 @@ _BLOCKS = 2  # thread blocks on an SM, where shared memory suffices
 PARAMS = plgpu.CompilerParams(
   approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=True
 )
-_HOPPER_SMS = 132  # of an H100 SXM, an H200 and an H800
 _SHARED_BYTES = 224 * 1024  # of an SM, for ring and staging
 
 
@@ -62,7 +63,7 @@ def for_each_tile(
   fits = _BLOCKS * (scratch_bytes + 2 * bytes_each) <= _SHARED_BYTES
   blocks = _BLOCKS if fits else 1
   stages = min(6, (_SHARED_BYTES // blocks - scratch_bytes) // bytes_each)
-  sms = _streaming_multiprocessors() if interpret is None else 2
+  sms = hopper.streaming_multiprocessors() if interpret is None else 2
   workers = min(tiles, blocks * sms)
 
   def body(*refs):
@@ -146,19 +147,4 @@ def _ring(source: Source, stages: int):
 
 def swizzled(shape: tuple[int, ...], dtype):
   """Shared memory whose rows TMA spreads over the banks, in units of 64 bytes."""
-  columns = 64 // jnp.dtype(dtype).itemsize
-  transforms = (
-    plgpu.TilingTransform((8, columns)),  # pyright: ignore[reportAbstractUsage]
-    plgpu.SwizzleTransform(64),  # pyright: ignore[reportAbstractUsage]
-  )
-  return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
-def _streaming_multiprocessors() -> int:
-  """Of the GPU that this is traced for; of an H100 when that is not known."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  if device is not None and device.platform == "gpu" and device.num_cores:
-    return device.num_cores
-  if jax.default_backend() == "gpu":
-    return jax.devices()[0].core_count
-  return _HOPPER_SMS
+  return hopper.swizzled(shape, dtype, bytes_=64)

@@ -1,0 +1,27 @@
+"""What Mosaic GPU kernels for NVIDIA Hopper share: its size and its memory's layout."""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+_SMS = 132  # of an H100 SXM, an H200 and an H800
+
+
+def streaming_multiprocessors() -> int:
+  """Of the GPU that this is traced for; of an H100 when that is not known."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  if device is not None and device.platform == "gpu" and device.num_cores:
+    return device.num_cores
+  if jax.default_backend() == "gpu":
+    return jax.devices()[0].core_count
+  return _SMS
+
+
+def swizzled(shape: tuple[int, ...], dtype, bytes_: int = 128):
+  """Shared memory in the layout that TMA and wgmma both take, rows of `bytes_`."""
+  columns = bytes_ // jnp.dtype(dtype).itemsize
+  transforms = (
+    plgpu.TilingTransform((8, columns)),  # pyright: ignore[reportAbstractUsage]
+    plgpu.SwizzleTransform(bytes_),  # pyright: ignore[reportAbstractUsage]
+  )
+  return plgpu.SMEM(shape, dtype, transforms=transforms)
