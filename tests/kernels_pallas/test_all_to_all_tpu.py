@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import all_to_all as a2a
 from kernels_pallas.all_to_all import tpu
+from tests import tpu_topology
 from tests.kernels_pallas import test_all_to_all as suite
 
 AXIS = suite.AXIS
@@ -90,12 +90,10 @@ def test_not_waiting_for_rows_is_a_race(in_its_place, capfd, caplog):
 
 
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "tpu7x:2x2x1"])
-def test_compiles_for_tpu_topologies(topology, monkeypatch):
+def test_compiles_for_tpu_topologies(topology):
   """Training with gradients, FP8 codes with scales, and decoding, at V3's width; a mesh
   of TPUs picks the TPU's kernel by itself."""
-  pytest.importorskip("libtpu", reason="compiling for TPU needs libtpu: jax[tpu]")
-  monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-  devices = topologies.get_topology_desc(topology, platform="tpu").devices
+  devices = tpu_topology.devices(topology)
   ranks, tokens = 4, 512
   mesh = Mesh(np.array(devices[:ranks]), (AXIS,))
 

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -13,6 +12,7 @@ from kernels_pallas import fp8_matmul as op
 from kernels_pallas.choose import target_platform
 from kernels_pallas.fp8_matmul import gpu, reference, tilings, tpu
 from kernels_pallas.fp8_matmul.persistent import Tiling
+from tests import tpu_topology
 from tests.kernels_pallas import fp8_matmul_oracle as oracle
 
 
@@ -214,11 +214,9 @@ def test_table_of_tilings():
 
 
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "tpu7x:2x2x1"])
-def test_compiles_for_tpu_topologies(topology, monkeypatch):
+def test_compiles_for_tpu_topologies(topology):
   """Through the public functions: a mesh of TPUs picks the TPU's kernels by itself."""
-  pytest.importorskip("libtpu", reason="compiling for TPU needs libtpu: jax[tpu]")
-  monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-  devices = topologies.get_topology_desc(topology, platform="tpu").devices
+  devices = tpu_topology.devices(topology)
   mesh = Mesh(np.array(devices[:1]), ("one",))
 
   def step(a, sa, b, sb, x, sx, y, sy):

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -14,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from kernels_pallas import grouped_matmul as gm
 from kernels_pallas.choose import target_platform
 from kernels_pallas.grouped_matmul import gpu, tpu
+from tests import tpu_topology
 
 
 def on(platform):
@@ -204,11 +204,9 @@ def test_gpu_kernels_lower_for_cuda(shape):
 
 
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "tpu7x:2x2x1"])
-def test_compiles_for_tpu_topologies(topology, monkeypatch):
+def test_compiles_for_tpu_topologies(topology):
   """Through the public function: a mesh of TPUs picks the TPU's kernels by itself."""
-  pytest.importorskip("libtpu", reason="compiling for TPU needs libtpu: jax[tpu]")
-  monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-  devices = topologies.get_topology_desc(topology, platform="tpu").devices
+  devices = tpu_topology.devices(topology)
   mesh = Mesh(np.array(devices[:1]), ("one",))
   spec = NamedSharding(mesh, P())
 

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -13,6 +12,7 @@ from kernels_pallas import grouped_matmul as gm
 from kernels_pallas.choose import target_platform
 from kernels_pallas.fp8_matmul.persistent import Tiling
 from kernels_pallas.grouped_matmul import gpu, gpu_fp8, tpu_fp8
+from tests import tpu_topology
 from tests.kernels_pallas import fp8_matmul_oracle as oracle
 
 
@@ -242,10 +242,8 @@ def test_masked_gpu_kernels_lower_for_cuda():
 
 
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "tpu7x:2x2x1"])
-def test_compiles_for_tpu_topologies(topology, monkeypatch):
-  pytest.importorskip("libtpu", reason="compiling for TPU needs libtpu: jax[tpu]")
-  monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-  devices = topologies.get_topology_desc(topology, platform="tpu").devices
+def test_compiles_for_tpu_topologies(topology):
+  devices = tpu_topology.devices(topology)
   mesh = Mesh(np.array(devices[:1]), ("one",))
 
   def step(forward, tokens):

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import quantize as qz
 from kernels_pallas.quantize import gpu, reference, tpu
+from tests import tpu_topology
 from tests.kernels_pallas import quantize_oracle as oracle
 from tests.kernels_pallas.test_quantize import on, poisoned, tricky
 
@@ -153,11 +153,9 @@ def assert_lowers(function, *args):
 
 
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "tpu7x:2x2x1"])
-def test_compiles_for_tpu_topologies(topology, monkeypatch):
+def test_compiles_for_tpu_topologies(topology):
   """Through the public functions: a mesh of TPUs picks what suits it by itself."""
-  pytest.importorskip("libtpu", reason="compiling for TPU needs libtpu: jax[tpu]")
-  monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-  devices = topologies.get_topology_desc(topology, platform="tpu").devices
+  devices = tpu_topology.devices(topology)
   mesh = Mesh(np.array(devices[:1]), ("one",))
   x = jax.ShapeDtypeStruct(
     (1024, 7168), jnp.bfloat16, sharding=NamedSharding(mesh, P())
