@@ -181,9 +181,12 @@ class MeshConfig:
   pipeline: int = 1
   data: int = 1
   expert: int = 1
+  # Networks that the routed experts are spread over, each of `expert` devices: tokens
+  # cross to another one once, then go to their devices there.
+  node: int = 1
 
   def __post_init__(self):
-    _positive(self, "mesh", "pipeline data expert")
+    _positive(self, "mesh", "pipeline data expert node")
 
 
 @dataclass(frozen=True)
@@ -372,19 +375,20 @@ class Config:
       f"{self.model.max_seq_len}: raise the latter",
     )
     _require(
-      self.model.n_routed_experts % self.mesh.expert == 0,
-      f"mesh.expert={self.mesh.expert} must divide model.n_routed_experts="
-      f"{self.model.n_routed_experts}",
+      self.model.n_routed_experts % (self.mesh.node * self.mesh.expert) == 0,
+      f"mesh.node={self.mesh.node} x mesh.expert={self.mesh.expert} must divide "
+      f"model.n_routed_experts={self.model.n_routed_experts}",
     )
     _require(
       self.mesh.pipeline == 1,
       f"mesh.pipeline={self.mesh.pipeline}: only 1 is supported so far",
     )
-    ranks = self.mesh.data * self.mesh.expert
+    ranks = self.mesh.data * self.mesh.node * self.mesh.expert
     micro = self.train.micro_batch_size * ranks
     _require(
       self.train.batch_size % micro == 0,
       f"train.batch_size={self.train.batch_size} must be a multiple of {micro} = "
       f"train.micro_batch_size={self.train.micro_batch_size} x mesh.data="
-      f"{self.mesh.data} x mesh.expert={self.mesh.expert}",
+      f"{self.mesh.data} x mesh.node={self.mesh.node} x mesh.expert="
+      f"{self.mesh.expert}",
     )

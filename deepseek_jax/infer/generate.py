@@ -15,6 +15,7 @@ Shape suffixes: B batch, T padded prompt, S cache, V vocabulary, W new tokens.
 """
 
 import functools
+import math
 from collections.abc import Collection, Sequence
 
 import jax
@@ -28,7 +29,7 @@ from deepseek_jax.config import Config, GenerateConfig
 from deepseek_jax.data.chat import ChatTemplate
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.infer.sampling import next_tokens, row_keys
-from deepseek_jax.mesh import BATCH_AXES, EXPERT, PIPELINE
+from deepseek_jax.mesh import BATCH_AXES, PIPELINE, split_axes
 from deepseek_jax.model.dense import DenseTransformer
 from deepseek_jax.model.layers import map_variables
 from deepseek_jax.model.moe import Execution
@@ -141,7 +142,7 @@ def generate(
         f"mesh.pipeline={mesh.shape[PIPELINE]}: generation needs 1, with more "
         "mesh.data or mesh.expert instead"
       )
-    ranks = mesh.shape[BATCH_AXES[0]] * mesh.shape[BATCH_AXES[1]]
+    ranks = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
   prompts_BT, lengths_B = _pad_prompts(rows, ranks)
   sampled = settings.temperature > 0
   ended_BW = _generate(
@@ -225,7 +226,7 @@ def _generate(
   if mesh is None:
     alone = functools.partial(run, execution=Execution(), axes=None)
     return alone(model, prompts_BT, lengths_B, rows_B, shared)
-  split = Execution(expert_axis=EXPERT if mesh.shape[EXPERT] > 1 else None)
+  split = Execution(expert_axes=split_axes(mesh))
   specs = map_variables(lambda v: v.replace(v.get_metadata()["spec"]), model)
   batch = P(BATCH_AXES)
   # check_vma=False: Pallas kernels do not trace under it in interpret mode.

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.mesh import EXPERT
+from deepseek_jax.mesh import EXPERT_AXES
 from deepseek_jax.model.layers import weight
 from deepseek_jax.parallel import dispatch as d
 from deepseek_jax.precision import feed_forward as ff
@@ -25,12 +25,12 @@ from deepseek_jax.precision.tiles import Fp8Weight, Recipe, Tiled, keep
 
 
 class Experts(nnx.Module):
-  """The routed experts' weights, split over the expert axis."""
+  """The routed experts' weights, split over the axes of experts."""
 
   def __init__(self, config: ModelConfig, key: jax.Array):
     k13, k2 = jax.random.split(key)
     e, dim, f = config.n_routed_experts, config.dim, config.moe_inter_dim
-    spec, std, one = P(EXPERT), config.init_std, {"inputs": 1, "outputs": 1}
+    spec, std, one = P(EXPERT_AXES), config.init_std, {"inputs": 1, "outputs": 1}
     self.w13 = weight(k13, (e, dim, 2 * f), std, spec, **one)
     self.w2 = weight(k2, (e, f, dim), std, spec, **one)
 
@@ -60,7 +60,7 @@ def _fp8_experts(x_MD, gates_MA, d13, d2, codes, plan, recipe: Recipe):
 def _fp8_forward(x_MD, gates_MA, d13, d2, codes, plan, recipe):
   del d13, d2
   arrived = _arrive(recipe.rows(x_MD, power_of_two=True), [gates_MA], plan)
-  if plan.route is not None:
+  if plan.routes:
     arrived = keep(arrived, "dispatched")
   *tokens, gates_CA = arrived
   gates_Z = d.expand_gates(gates_CA, plan)

@@ -2,7 +2,8 @@
 
 DeepSeekMoE (2401.06066) section 3; DeepSeek-V3 report, section 2.1.2.
 
-Shape suffixes: B batch, T time, M=B*T tokens, D model, E experts, A active experts.
+Shape suffixes: B batch, T time, M=B*T tokens, D model, E experts, A active experts,
+S axes of experts.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from deepseek_jax.parallel.dispatch import make_plan
 class Execution:
   """How a model runs, apart from what it computes. Static under jit."""
 
-  expert_axis: str | None = None  # mesh axis that routed experts are split over
+  expert_axes: tuple[str, ...] = ()  # mesh axes that routed experts are split over
   capacity: float = math.inf  # see parallel/dispatch.py
   remat: str = "none"  # none, deepseek or full
   balance: BalanceConfig = dataclasses.field(
@@ -40,6 +41,7 @@ class RoutingStats:
   balance: jax.Array  # weighted balance losses, summed over sequences
   entropy: jax.Array  # nats, summed over tokens
   overflow: jax.Array  # bool
+  copies_S: jax.Array  # int32: tokens sent along each axis, see parallel/dispatch.py
 
 
 class MoE(nnx.Module):
@@ -65,7 +67,7 @@ class MoE(nnx.Module):
       n_experts=c.n_routed_experts,
       row_multiple=self.experts.row_multiple,
       capacity=execution.capacity,
-      axis=execution.expert_axis,
+      axes=execution.expert_axes,
     )
     out_MD = self.experts(x_MD, gates_MA, plan)
     if c.n_shared_experts:
@@ -80,5 +82,6 @@ class MoE(nnx.Module):
       ),
       entropy=jax.lax.stop_gradient(routing.entropy(scores_ME)),
       overflow=plan.overflow,
+      copies_S=plan.copies_S,
     )
     return out_MD.reshape(b, t, d), stats

@@ -1,10 +1,15 @@
 """Tokens to their experts and back (DeepSeek-V3 report, 3.2.2; DeepEP's contract).
 
-A token travels once to each rank of the `expert` axis that holds one of its experts,
-however many of them live there. On arrival it is copied into one row per expert;
-rows of one expert stand together, each group padded to a multiple of rows that the
-grouped matrix product wants. Gates travel along and are applied by the expert, so
-combine is a plain sum, and combine and dispatch are each other's transpose.
+A token travels once to each rank that holds one of its experts, however many of them
+live there. On arrival it is copied into one row per expert; rows of one expert stand
+together, each group padded to a multiple of rows that the grouped matrix product
+wants. Gates travel along and are applied by the expert, so combine is a plain sum, and
+combine and dispatch are each other's transpose.
+
+Experts may be split over two mesh axes, nodes and the ranks of a node: a token then
+crosses once to each node that holds one of its experts, to the rank in its own place
+there, and goes on from it inside the node; sums come home the same way, rounded once
+between. Any number of axes works so, each a route of its own, slowest network first.
 
     plan = make_plan(experts_MA, ...)                     # integers: who goes where
     rows_ZD, gates_Z = dispatch(x_MD, gates_MA, plan)     # differentiable
@@ -19,7 +24,7 @@ was exceeded and the result is wrong; the step is then not applied and is retrie
 a larger bound. `capacity=inf` cannot overflow; a single rank needs no bound at all.
 
 Shape suffixes: M tokens, D model, E experts, A active experts a token, N ranks,
-C tokens that arrive (on one rank: M), Z rows, X anything.
+C tokens that arrive (on one rank: M), Z rows, S axes of experts, X anything.
 """
 
 import dataclasses
@@ -44,9 +49,15 @@ class Plan:
   pair_Z: jax.Array  # arrived token and choice, as one index; past the end likewise
   target_CA: jax.Array  # rows of each arrived token, -1 for none
   group_sizes_E: jax.Array  # rows of each local expert, padding included
-  copies: jax.Array  # int32: tokens that this rank sends, to itself included
+  copies_S: jax.Array  # int32: tokens sent along each axis, to this rank included
   overflow: jax.Array  # bool: a bound was exceeded
-  route: all_to_all.Route | None = None  # None on one rank
+  routes: tuple[all_to_all.Route, ...] = ()  # along each axis; none on one rank
+
+  @property
+  def traffic(self) -> list[jax.Array]:
+    """Of each axis, int32 [N, N]: tokens sent from rank to rank along this rank's line
+    of the mesh, bounds ignored."""
+    return [route.counts_NB for route in self.routes]
 
 
 def make_plan(
@@ -55,7 +66,7 @@ def make_plan(
   n_experts: int,
   row_multiple: int,
   capacity: float = math.inf,
-  axis: str | None = None,
+  axes: Sequence[str] = (),
 ) -> Plan:
   """Plans from the router's choice; exchanges counts and choices, nothing else.
 
@@ -64,27 +75,32 @@ def make_plan(
     n_experts: of all ranks; rank r holds the r-th contiguous share.
     row_multiple: groups of rows are padded to a multiple of it.
     capacity: bound of arriving tokens and of rows, as a multiple of the balanced load.
-    axis: name of the mesh axis that experts are split over; None for one rank.
+    axes: names of the mesh axes that experts are split over, the slowest network
+      first; none for one rank.
   """
   m, active = experts_MA.shape
-  ranks = lax.axis_size(axis) if axis else 1
-  if ranks == 1:
-    return _arrange(experts_MA, n_experts, experts_MA.size, row_multiple)
-  assert axis is not None
-  local = n_experts // ranks
-  bound = arrival_bound(m, active, ranks, capacity)
-  route = all_to_all.plan_ranks(experts_MA // local, bound, axis)
-  route = jax.tree.map(lambda x: checkpoint_name(x, "plan"), route)
-  (experts_CA,) = _send([experts_MA], route)
-  local_CA = experts_CA - lax.axis_index(axis) * local
-  # The buffer's tail is unspecified, and some of a token's experts live elsewhere.
-  here_CA = route.is_filled()[:, None] & (local_CA >= 0) & (local_CA < local)
-  local_CA = jnp.where(here_CA, local_CA, local)
+  ranks, local = 1, n_experts
+  local_CA, routes = experts_MA, []  # experts here, negative for those elsewhere
+  for axis in axes:
+    n, held = lax.axis_size(axis), local_CA.shape[0]
+    ranks, local = ranks * n, local // n
+    bound = min(n * held, arrival_bound(m, active, ranks, capacity))
+    route = all_to_all.plan_ranks(local_CA // local, bound, axis)
+    route = jax.tree.map(lambda x: checkpoint_name(x, "plan"), route)
+    (local_CA,) = _send([local_CA], route)
+    local_CA -= lax.axis_index(axis) * local
+    # The buffer's tail is unspecified, and some of a token's experts live elsewhere.
+    here_CA = route.is_filled()[:, None] & (local_CA >= 0) & (local_CA < local)
+    local_CA = jnp.where(here_CA, local_CA, -1)
+    routes.append(route)
+  local_CA = jnp.where(local_CA < 0, local, local_CA)
   rows = row_bound(m, active, ranks, local, capacity)
   plan = _arrange(local_CA, local, rows, row_multiple)
-  plan.copies = (route.address_MA >= 0).sum(dtype=jnp.int32)
-  plan.overflow |= route.overflow
-  plan.route = route
+  plan.routes = tuple(routes)
+  copies = [(route.address_MA >= 0).sum(dtype=jnp.int32) for route in routes]
+  plan.copies_S = jnp.stack(copies) if copies else plan.copies_S
+  for route in routes:
+    plan.overflow |= route.overflow
   return plan
 
 
@@ -96,9 +112,10 @@ def dispatch(
   Returns:
     rows_ZD, gates_Z.
   """
-  if plan.route is not None:
-    arrived = all_to_all.dispatch((x_MD, gates_MA), plan.route)
-    x_MD, gates_MA = (checkpoint_name(part, "dispatched") for part in arrived)
+  for route in plan.routes:
+    x_MD, gates_MA = all_to_all.dispatch((x_MD, gates_MA), route)
+  if plan.routes:
+    x_MD, gates_MA = (checkpoint_name(part, "dispatched") for part in (x_MD, gates_MA))
   rows_ZD = _spread(x_MD, plan.source_Z, plan.target_CA)
   target_P1 = plan.target_CA.reshape(-1, 1)
   return rows_ZD, _spread(gates_MA.reshape(-1, 1), plan.pair_Z, target_P1)[:, 0]
@@ -106,8 +123,7 @@ def dispatch(
 
 def combine(rows_ZD: jax.Array, plan: Plan) -> jax.Array:
   """Sums each token's rows, first where its experts live, then at home: [M, D]."""
-  out_CD = _gather_sum(rows_ZD, plan.source_Z, plan.target_CA)
-  return out_CD if plan.route is None else all_to_all.combine(out_CD, plan.route)
+  return go_home(_gather_sum(rows_ZD, plan.source_Z, plan.target_CA), plan)
 
 
 def arrive(values: Sequence[jax.Array], plan: Plan) -> list[jax.Array]:
@@ -115,7 +131,10 @@ def arrive(values: Sequence[jax.Array], plan: Plan) -> list[jax.Array]:
 
   Not differentiable; what stands where no token arrived is unspecified.
   """
-  return list(values) if plan.route is None else _send(values, plan.route)
+  values = list(values)
+  for route in plan.routes:
+    values = _send(values, route)
+  return values
 
 
 def expand(x_CX: jax.Array, plan: Plan) -> jax.Array:
@@ -142,7 +161,9 @@ def collapse_gates(gates_Z: jax.Array, plan: Plan) -> jax.Array:
 
 def go_home[T](values_C: T, plan: Plan) -> T:
   """The sums over ranks of what became of each token there: arrays [M, ...]."""
-  return values_C if plan.route is None else all_to_all.combine(values_C, plan.route)
+  for route in reversed(plan.routes):
+    values_C = all_to_all.combine(values_C, route)
+  return values_C
 
 
 def arrival_bound(m: int, active: int, ranks: int, capacity: float) -> int:
@@ -155,7 +176,9 @@ def arrival_bound(m: int, active: int, ranks: int, capacity: float) -> int:
 def row_bound(m: int, active: int, ranks: int, local: int, capacity: float) -> int:
   """Rows of one rank, without the padding of groups."""
   worst = ranks * m * min(active, local)
-  return worst if math.isinf(capacity) else min(worst, math.ceil(capacity * m * active))
+  if ranks == 1 or math.isinf(capacity):
+    return worst
+  return min(worst, math.ceil(capacity * m * active))
 
 
 def _send(values: Sequence[jax.Array], route: all_to_all.Route) -> list[jax.Array]:
@@ -236,7 +259,7 @@ def _arrange(experts_CA, n_experts, rows, multiple) -> Plan:
     pair_Z=checkpoint_name(_invert(target_CA.reshape(-1, 1), rows), "plan"),
     target_CA=target_CA,
     group_sizes_E=checkpoint_name(fitting_E, "plan"),
-    copies=jnp.int32(experts_CA.shape[0]),
+    copies_S=jnp.zeros((0,), jnp.int32),
     overflow=sizes_E.sum() > rows,
   )
 

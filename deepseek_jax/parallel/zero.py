@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.mesh import AXES, DATA, EXPERT
+from deepseek_jax.mesh import AXES, BATCH_AXES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Layout:
 def plan_layout(shape: tuple[int, ...], spec: P, mesh: Mesh, split: bool) -> Layout:
   """Chooses the longest free dimension that the data ranks divide."""
   used = {axis for entry in spec if entry for axis in _names(entry)}
-  axes = tuple(a for a in (DATA, EXPERT) if a not in used and mesh.shape[a] > 1)
+  axes = tuple(a for a in BATCH_AXES if a not in used and mesh.shape[a] > 1)
   ranks = math.prod(mesh.shape[a] for a in axes)
   taken = [i < len(spec) and spec[i] is not None for i in range(len(shape))]
   free = [i for i, n in enumerate(shape) if not taken[i] and n % ranks == 0]

@@ -5,6 +5,7 @@ whatever the number of processes and devices; only their order inside may differ
 """
 
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from deepseek_jax.config import Config
-from deepseek_jax.mesh import DATA, EXPERT
+from deepseek_jax.mesh import BATCH_AXES
 from deepseek_jax.train.step import batch_sharding
 
 log = logging.getLogger("deepseek_jax")
@@ -27,7 +28,8 @@ def rows_of_micro_batch(config: Config, mesh: Mesh) -> int:
   Raises:
     ValueError: processes cannot share them evenly.
   """
-  rows = config.train.micro_batch_size * mesh.shape[DATA] * mesh.shape[EXPERT]
+  devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+  rows = config.train.micro_batch_size * devices
   processes = jax.process_count()
   if rows % processes:
     raise ValueError(

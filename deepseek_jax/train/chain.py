@@ -18,6 +18,7 @@ step numbers and results only, never on time.
 """
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.mesh import EXPERT
+from deepseek_jax.mesh import EXPERT_AXES
 from deepseek_jax.train.schedule import Values
 from deepseek_jax.train.step import Scalars, TrainState
 
@@ -76,7 +77,7 @@ class Chain:
     self.state = state
     self.capacity = capacity  # index in use
     self.raised_at = raised_at  # step at which it last changed
-    self._ranks = mesh.shape[EXPERT]
+    self._ranks = math.prod(mesh.shape[axis] for axis in EXPERT_AXES)
     self._capacities = capacities
     self._compile, self._compiled = compile_step, {}
     self._copy_weights = copy_weights

@@ -3,7 +3,8 @@
 DeepSeek-V3 report, sections 2.1.2 (balance) and 2.2 (MTP: L = L_main + lambda / D *
 sum of L_k, each over the same 1/T).
 
-Shape suffixes: B batch, T time, M tokens, D model, V vocabulary, L layers, E experts.
+Shape suffixes: B batch, T time, M tokens, D model, V vocabulary, L layers, E experts,
+S axes of experts.
 """
 
 import dataclasses
@@ -97,6 +98,7 @@ class LossParts:
   counts_LE: jax.Array  # int32
   entropy_L: jax.Array  # nats, summed over tokens
   overflow: jax.Array  # bool
+  copies_LS: jax.Array  # int32: tokens sent along each axis of experts
 
 
 def loss_weights(segments_BT: jax.Array | None, shape: tuple, ahead: int) -> jax.Array:
@@ -157,6 +159,7 @@ def loss_parts(
     counts_LE=stats.counts_E,
     entropy_L=stats.entropy,
     overflow=stats.overflow.any(),
+    copies_LS=stats.copies_S,
   )
 
 
@@ -166,6 +169,10 @@ def _join(main: RoutingStats | None, ahead: RoutingStats | None, experts: int):
   if not present:
     none = jnp.zeros((0,))
     return RoutingStats(
-      jnp.zeros((0, experts), jnp.int32), none, none, none.astype(bool)
+      jnp.zeros((0, experts), jnp.int32),
+      none,
+      none,
+      none.astype(bool),
+      jnp.zeros((0, 0), jnp.int32),
     )
   return jax.tree.map(lambda *xs: jnp.concatenate(xs), *present)

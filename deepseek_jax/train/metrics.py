@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import MeshConfig, ModelConfig
+from deepseek_jax.mesh import EXPERT_AXES
 
 # Dense BF16 peak of one device by `jax.Device.device_kind`, in FLOP/s.
 PEAK_FLOPS = {
@@ -84,6 +85,20 @@ def max_violation(counts_LE: np.ndarray) -> list[float]:
   mean = counts.mean(axis=-1)
   largest = counts.max(axis=-1, initial=0)
   return [float((m - a) / a) if a else 0.0 for m, a in zip(largest, mean)]
+
+
+def copies_per_token(mesh: MeshConfig, copies_LS: np.ndarray) -> dict[str, float]:
+  """Of each axis that splits experts, how often a token is sent along it.
+
+  Args:
+    copies_LS: copies of a token by MoE layer and axis, as the step reports them.
+
+  Returns:
+    The mean over layers by name of the axis; a rank's copies to itself count.
+  """
+  axes = [axis for axis in EXPERT_AXES if getattr(mesh, axis) > 1]
+  means = np.asarray(copies_LS, np.float64).mean(axis=0) if len(copies_LS) else []
+  return {axis: float(mean) for axis, mean in zip(axes, means)}
 
 
 class Speed:

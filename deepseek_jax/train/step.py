@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import Config
-from deepseek_jax.mesh import BATCH_AXES, EXPERT
+from deepseek_jax.mesh import BATCH_AXES, split_axes
 from deepseek_jax.model.layers import (
   RouterBias,
   gradient_targets,
@@ -189,7 +189,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def execution(config: Config, mesh: Mesh, capacity: float) -> Execution:
   return Execution(
-    expert_axis=EXPERT if mesh.shape[EXPERT] > 1 else None,
+    expert_axes=split_axes(mesh),
     capacity=capacity,
     remat=config.train.remat,
     balance=config.train.balance,
@@ -311,6 +311,7 @@ def summarise(parts: LossParts, batch: Arrays, tokens: jax.Array) -> dict:
     "balance_loss": parts.balance / sequences,
     "counts": parts.counts_LE,
     "entropy": parts.entropy_L / routed,
+    "copies": parts.copies_LS / routed,
     "overflow": parts.overflow,
     "tokens": tokens,
   }

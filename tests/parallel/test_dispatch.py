@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.mesh import EXPERT, make_mesh
+from deepseek_jax.mesh import EXPERT_AXES, make_mesh, split_axes
 from deepseek_jax.parallel import dispatch as d
 
 M, D, E, A, MULTIPLE = 12, 5, 8, 3, 4
@@ -28,18 +28,18 @@ def choices(kind: str, tokens: int, seed: int = 0) -> np.ndarray:
   return np.stack(picks).astype(np.int32)
 
 
-def on_ranks(ranks: int, capacity: float, fn):
-  """fn(make_plan, x, experts, gates) -> arrays, on every rank of an expert axis."""
-  mesh = make_mesh(expert=ranks, devices=jax.devices()[:ranks])
+def on_ranks(ranks: int, capacity: float, fn, nodes: int = 1):
+  """fn(make_plan, x, experts, gates) -> arrays, on every rank of the expert axes."""
+  mesh = make_mesh(expert=ranks // nodes, node=nodes, devices=jax.devices()[:ranks])
   run = functools.partial(
     d.make_plan,
     n_experts=E,
     row_multiple=MULTIPLE,
     capacity=capacity,
-    axis=EXPERT if ranks > 1 else None,
+    axes=split_axes(mesh),
   )
   body = lambda *args: fn(run, *args)  # noqa: E731
-  spec = P(EXPERT)
+  spec = P(EXPERT_AXES)
   return jax.jit(
     jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
   )
@@ -87,22 +87,22 @@ def test_rows_stand_by_expert_then_source_rank_then_token(ranks, kind):
     assert not row_gates[rank, start:].any()
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 8])
+@pytest.mark.parametrize(("ranks", "nodes"), [(1, 1), (2, 1), (8, 1), (8, 2), (8, 4)])
 @pytest.mark.parametrize("kind", ["uniform", "skewed", "same"])
-def test_combine_of_dispatch_counts_every_choice_once(ranks, kind):
+def test_combine_of_dispatch_counts_every_choice_once(ranks, nodes, kind):
   x, experts, gates = inputs(ranks, kind)
 
   def both(make_plan, x, experts, gates):
     plan = make_plan(experts)
     return d.combine(d.dispatch(x, gates, plan)[0], plan)
 
-  out = on_ranks(ranks, math.inf, both)(x, experts, gates)
+  out = on_ranks(ranks, math.inf, both, nodes)(x, experts, gates)
   # Sums of A equal terms in FP32: exact for A = 3 up to one rounding of 3x.
   np.testing.assert_allclose(out, A * x, rtol=2e-7)
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
-def test_gradients_are_transposes_and_padding_reaches_nothing(ranks):
+@pytest.mark.parametrize(("ranks", "nodes"), [(1, 1), (4, 1), (8, 2)])
+def test_gradients_are_transposes_and_padding_reaches_nothing(ranks, nodes):
   x, experts, gates = inputs(ranks, "skewed")
 
   def check(make_plan, x, experts, gates):
@@ -125,13 +125,14 @@ def test_gradients_are_transposes_and_padding_reaches_nothing(ranks):
     left = jnp.sum(jnp.where(filled[:, None], r * rows, 0))
     sums = [left, jnp.sum(d_x * x), jnp.sum(jnp.where(filled, g * row_gates, 0))]
     sums += [jnp.sum(d_gates * gates), jnp.sum(combined * d_x), jnp.sum(rows * back)]
-    return jnp.stack([jax.lax.psum(s, EXPERT) for s in sums])[None]
+    return jnp.stack([jax.lax.psum(s, EXPERT_AXES) for s in sums])[None]
 
-  sums = np.asarray(on_ranks(ranks, math.inf, check)(x, experts, gates))[0]
+  sums = np.asarray(on_ranks(ranks, math.inf, check, nodes)(x, experts, gates))[0]
   np.testing.assert_allclose(sums[0::2], sums[1::2], rtol=2e-5)
 
 
-def test_bounds_that_are_exceeded_are_reported_and_ample_ones_are_not():
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_bounds_that_are_exceeded_are_reported_and_ample_ones_are_not(nodes):
   ranks = 4
   for kind, capacity, expected in (
     ("uniform", 3.0, False),
@@ -139,7 +140,9 @@ def test_bounds_that_are_exceeded_are_reported_and_ample_ones_are_not():
     ("same", 1.2, True),
     ("same", math.inf, False),
   ):
-    *_, sizes, overflow = on_ranks(ranks, capacity, arranged)(*inputs(ranks, kind))
+    *_, sizes, overflow = on_ranks(ranks, capacity, arranged, nodes)(
+      *inputs(ranks, kind)
+    )
     assert bool(np.any(overflow)) == expected, (kind, capacity)
     rows = d.row_bound(M, A, ranks, E // ranks, capacity) + E // ranks * MULTIPLE
     assert np.asarray(sizes).reshape(ranks, -1).sum(-1).max() <= rows + MULTIPLE
@@ -150,15 +153,86 @@ def test_a_token_travels_once_to_each_rank():
   x, experts, gates = inputs(ranks, "uniform")
 
   def copies(make_plan, x, experts, gates):
-    return make_plan(experts).copies[None]
+    return make_plan(experts).copies_S
 
   out = on_ranks(ranks, math.inf, copies)(x, experts, gates)
   expected = [len(set(row // local)) for row in experts]
   np.testing.assert_array_equal(out, np.sum(np.reshape(expected, (ranks, M)), axis=1))
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
-def test_steps_are_what_dispatch_and_combine_are_made_of(ranks):
+@pytest.mark.parametrize("nodes", [2, 4])
+@pytest.mark.parametrize("kind", ["uniform", "skewed", "same"])
+def test_across_nodes_the_same_rows_arrive(nodes, kind):
+  """Those of the flat form; by place within the node, then node, then token."""
+  ranks, local = 8, E // 8
+  x, experts, gates = inputs(ranks, kind)
+  rows, row_gates, sizes, overflow = on_ranks(ranks, math.inf, arranged, nodes)(
+    x, experts, gates
+  )
+  assert not np.any(overflow)
+  rows, row_gates = (
+    np.asarray(r).reshape(ranks, -1, *r.shape[1:]) for r in (rows, row_gates)
+  )
+  sizes = np.asarray(sizes).reshape(ranks, local)
+  for rank in range(ranks):
+    tokens, slots = np.nonzero(experts == rank)
+    source = tokens // M
+    order = np.lexsort((tokens, source // (8 // nodes), source % (8 // nodes)))
+    tokens, slots = tokens[order], slots[order]
+    n = len(tokens)
+    assert sizes[rank] == -(-n // MULTIPLE) * MULTIPLE
+    np.testing.assert_array_equal(rows[rank, :n], x[tokens])
+    np.testing.assert_array_equal(row_gates[rank, :n], gates[tokens, slots])
+    assert not rows[rank, n:].any()
+    assert not row_gates[rank, n:].any()
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["uniform", "skewed", "same"])
+def test_a_token_crosses_once_to_each_node(nodes, kind):
+  """The traffic of every link, counted token by token."""
+  ranks, inside = 8, 8 // nodes
+  x, experts, gates = inputs(ranks, kind)
+
+  def sent(make_plan, x, experts, gates):
+    plan = make_plan(experts)
+    return plan.copies_S[None], *(line[None] for line in plan.traffic)
+
+  copies, *traffic = on_ranks(ranks, math.inf, sent, nodes)(x, experts, gates)
+  lines = {}
+  for token, chosen in enumerate(experts):
+    rank = token // M
+    node, place = divmod(rank, inside)
+    reached = {divmod(int(e) * ranks // E, inside) for e in chosen}
+    across = {(node, n, place) for n, _ in reached} if nodes > 1 else set()
+    within = {(place, p, n) for n, p in reached}  # from its own place, on every node
+    for key in [("node", *hop) for hop in across] + [
+      ("expert", *hop) for hop in within
+    ]:
+      lines[key] = lines.get(key, 0) + 1
+  axes = ["node", "expert"] if nodes > 1 else ["expert"]
+  for axis, found in zip(axes, traffic):
+    for rank, line in enumerate(np.asarray(found)):
+      along, across = divmod(rank, inside)[:: 1 if axis == "expert" else -1]
+      n = len(line)
+      expected = [
+        [lines.get((axis, a, b, along), 0) for b in range(n)] for a in range(n)
+      ]
+      np.testing.assert_array_equal(line, expected)
+      assert copies[rank, axes.index(axis)] == np.sum(expected[across])
+  if nodes > 1:
+    flat = sum(
+      len({int(e) for e in chosen if e // inside != token // M // inside})
+      for token, chosen in enumerate(experts)
+    )
+    crossing = sum(
+      n for (axis, a, b, _), n in lines.items() if axis == "node" and a != b
+    )
+    assert crossing < flat if kind != "same" or nodes < 4 else crossing <= flat
+
+
+@pytest.mark.parametrize(("ranks", "nodes"), [(1, 1), (4, 1), (8, 2)])
+def test_steps_are_what_dispatch_and_combine_are_made_of(ranks, nodes):
   """As FP8 training uses them; narrow types survive the way."""
   x, experts, gates = inputs(ranks, "skewed")
 
@@ -177,7 +251,7 @@ def test_steps_are_what_dispatch_and_combine_are_made_of(ranks):
     ]
     return jnp.stack(same)[None]
 
-  assert np.all(on_ranks(ranks, math.inf, check)(x, experts, gates))
+  assert np.all(on_ranks(ranks, math.inf, check, nodes)(x, experts, gates))
 
 
 def test_bounds():

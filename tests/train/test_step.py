@@ -20,6 +20,7 @@ from deepseek_jax.config import (
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.presets import TINY
 from deepseek_jax.train import step
+from deepseek_jax.train.metrics import copies_per_token
 
 MODEL = dataclasses.replace(
   TINY,
@@ -84,8 +85,8 @@ def initial(model: ModelConfig, moment_dtype: str) -> step.TrainState:
 def run(config: Config, batches=None, capacity: float = math.inf, scalars=SCALARS):
   """Steps on the batches: the last state and every step's metrics, as NumPy."""
   m = config.mesh
-  n = m.data * m.expert
-  mesh = make_mesh(1, m.data, m.expert, devices=jax.devices()[:n])
+  n = m.data * m.node * m.expert
+  mesh = make_mesh(1, m.data, m.expert, jax.devices()[:n], node=m.node)
   state = jax.tree.map(
     lambda x, like: jax.device_put(x, like.sharding),
     initial(config.model, config.train.moment_dtype),
@@ -133,9 +134,20 @@ def assert_same(a, b):
     assert moved.max() < 2e-3, name
 
 
-@pytest.mark.parametrize("mesh", [(1, 2, 4), (1, 8, 1), (1, 1, 8)])
+@pytest.mark.parametrize("mesh", [(1, 2, 4), (1, 8, 1), (1, 1, 8), (1, 1, 4, 2)])
 def test_meshes_agree(mesh):
-  assert_same(single(), run(make_config(mesh)))
+  config = make_config(mesh)
+  found = run(config)
+  assert_same(single(), found)
+  assert copies(config, found).keys() == {
+    axis for axis in ("node", "expert") if getattr(config.mesh, axis) > 1
+  }
+  for sent in copies(config, found).values():
+    assert 1 < sent <= config.model.n_activated_experts
+
+
+def copies(config, found):
+  return copies_per_token(config.mesh, found[1][0]["copies"])
 
 
 def test_accumulation_agrees():
