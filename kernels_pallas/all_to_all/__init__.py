@@ -10,7 +10,8 @@ transpose, and differentiates as such.
     y_CD, gates_CA = dispatch((x_MD, gates_MA), route)  # one array or several
     out_MD = combine(y_CD, route)  # with nothing between: x times its copies
 
-`send_rows` is the transport below them, for FP8 codes and scales.
+`send_rows` is the transport below them, for FP8 codes and scales. An axis may be several
+axes of the mesh: then it is all their devices, in the order of the names.
 
 Received rows stand by bin, source rank, token (see `route.py`). What follows the last
 of a bin is unspecified, NaN included: mask by `route.counts_L`. `route.overflow` must be
@@ -41,7 +42,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.all_to_all import reference
-from kernels_pallas.all_to_all.route import Route, plan_experts, plan_ranks
+from kernels_pallas.all_to_all.route import Axis, Route, plan_experts, plan_ranks
 from kernels_pallas.choose import choose
 
 __all__ = [
@@ -65,7 +66,7 @@ def send_rows(
   received: jax.Array,
   *,
   rows: int,
-  axis: str,
+  axis: Axis,
   source_M: jax.Array | None = None,
   impl: str | None = None,
 ) -> list[jax.Array]:
@@ -81,7 +82,7 @@ def send_rows(
     count: int32, entries from this one on are not looked at.
     received: int32, how many rows the others, and this rank, send here.
     rows: rows of a receive buffer, the same on every rank.
-    axis: mesh axis, inside `jax.shard_map`.
+    axis: mesh axis, or several as one, inside `jax.shard_map`.
     source_M: int32 rows of `values`; None for row m itself.
     impl: a name from the module's table, or None.
 

@@ -30,6 +30,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.all_to_all.route import Axis
+
 _SHARED_BYTES = 220 * 1024  # of the 227 KiB that a block can have
 _BARRIERS = 32  # that one array of them can hold
 _FEWEST_STAGES = 3
@@ -68,7 +70,7 @@ def send_rows(
   count: jax.Array,
   received: jax.Array,
   rows: int,
-  axis: str,
+  axis: Axis,
   source_M: jax.Array | None = None,
   layout: Layout | None = None,
   interpret=None,

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas.all_to_all.route import Axis
+
 
 def send_rows(
   values: Sequence[jax.Array],
@@ -20,7 +22,7 @@ def send_rows(
   count: jax.Array,
   received: jax.Array,
   rows: int,
-  axis: str,
+  axis: Axis,
   source_M: jax.Array | None = None,
 ) -> list[jax.Array]:
   """As `kernels_pallas.all_to_all.send_rows`; rows that nobody sends to are 0."""

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+Axis = str | tuple[str, ...]  # of the mesh; of several the first is the slowest
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
@@ -37,7 +39,7 @@ class Route:
   overflow: jax.Array  # bool: some rank's bound was exceeded
   rows: int = dataclasses.field(metadata={"static": True})  # of a receive buffer
   home_rows: int = dataclasses.field(metadata={"static": True})
-  axis: str = dataclasses.field(metadata={"static": True})
+  axis: Axis = dataclasses.field(metadata={"static": True})
 
   def is_filled(self) -> jax.Array:
     """[C] bool: whether a row of the receive buffer holds anything."""
@@ -47,14 +49,14 @@ class Route:
 
 
 def plan_ranks(
-  ranks_MA: jax.Array, rows: int, axis: str, home_rows: int | None = None
+  ranks_MA: jax.Array, rows: int, axis: Axis, home_rows: int | None = None
 ) -> Route:
   """Each token once to each rank that it names, however often it names it.
 
   Args:
     ranks_MA: int32 destination of each of a token's choices, negative for none.
     rows: rows of a receive buffer; at most N x M are ever needed.
-    axis: mesh axis, inside `jax.shard_map`.
+    axis: mesh axis, or several as one, inside `jax.shard_map`.
     home_rows: rows of a home buffer; None takes what can never overflow.
   """
   ranks = lax.axis_size(axis)
@@ -71,7 +73,7 @@ def plan_ranks(
 
 
 def plan_experts(
-  experts_MA: jax.Array, local_experts: int, capacity: int, axis: str
+  experts_MA: jax.Array, local_experts: int, capacity: int, axis: Axis
 ) -> Route:
   """Each token once to each of its experts: receive buffers [local experts, capacity].
 
@@ -80,7 +82,7 @@ def plan_experts(
       none; rank r holds experts r * local_experts and following.
     local_experts: experts of one rank.
     capacity: rows of one expert; all ranks' tokens always suffice.
-    axis: mesh axis, inside `jax.shard_map`.
+    axis: mesh axis, or several as one, inside `jax.shard_map`.
   """
   return _plan(experts_MA, local_experts, capacity, experts_MA.size, axis)
 

@@ -19,6 +19,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.all_to_all.route import Axis
+
 _LANES = 128
 _BLOCK = 1024  # addresses in scalar memory at a time
 _BARRIER = 5  # which of the chip's barrier semaphores
@@ -36,7 +38,7 @@ def send_rows(
   count: jax.Array,
   received: jax.Array,
   rows: int,
-  axis: str,
+  axis: Axis,
   source_M: jax.Array | None = None,
   interpret=False,
 ) -> list[jax.Array]:

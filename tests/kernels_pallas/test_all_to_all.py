@@ -337,6 +337,29 @@ def test_axes_beside_it_are_kept_apart(impl):
       np.testing.assert_array_equal(y[i, r, : len(want)], want)
 
 
+@pytest.mark.skipif(len(jax.devices()) < 4, reason="needs four devices")
+@every_impl
+def test_several_axes_are_one(impl):
+  """Over (2, 2) devices as over 4."""
+  x, experts = tokens_of(4), choices("uniform", 4)
+
+  def both(axis, x, experts):
+    route = a2a.plan_experts(experts, LOCAL, 4 * M, axis)
+    y = poison(a2a.dispatch(x, route, impl), route)
+    return y, a2a.combine(y, route, impl)
+
+  def run(shape, axes):
+    spec, mesh = P(axes), Mesh(np.array(jax.devices()[:4]).reshape(shape), axes)
+    body = functools.partial(both, axes if len(axes) > 1 else axes[0])
+    local = jax.shard_map(
+      body, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
+    )
+    return jax.jit(local)(x, experts)
+
+  for one, two in zip(run((4,), (AXIS,)), run((2, 2), ("node", AXIS))):
+    np.testing.assert_array_equal(one, two)
+
+
 def test_refusals():
   x, address = jnp.zeros((4, D)), jnp.zeros((4, 2), jnp.int32)
   send = functools.partial(

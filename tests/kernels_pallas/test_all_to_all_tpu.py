@@ -72,6 +72,11 @@ def test_steps_of_a_scan_interpreted(interpreted):
 
 
 @on_cpus
+def test_several_axes_interpreted(interpreted):
+  suite.test_several_axes_are_one("reference")
+
+
+@on_cpus
 def test_not_waiting_for_rows_is_a_race(in_its_place, capfd, caplog):
   """The detector sees what the tests above rely on it to see."""
 
