@@ -70,8 +70,19 @@ def multiply(
     def store():
       c_ref[...] = sum_ref[...].astype(c_ref.dtype)
 
-  def matrix(i, group_ref):
-    return jnp.minimum(group_ref[i], experts - 1)
+  def of_group(i, j, k, group_ref):
+    """Matrix, column and depth; a block of no group asks for the same one always, so
+    that nothing is copied for it."""
+    some = group_ref[i] < experts
+    place = jnp.where(some, j, 0), jnp.where(some, k, 0)
+    return jnp.minimum(group_ref[i], experts - 1), *place
+
+  def rows_at(i, j, k, group_ref):
+    return i, of_group(i, j, k, group_ref)[2]
+
+  def scales_at(i, j, k, group_ref):
+    matrix, column, step = of_group(i, j, k, group_ref)
+    return matrix, step, 0, column
 
   scales = depth_tile // BLOCK
   call = _call(
@@ -79,14 +90,10 @@ def multiply(
     grid,
     jax.ShapeDtypeStruct((rows, columns), out_dtype),
     [
-      pl.BlockSpec((row_tile, depth_tile), lambda i, j, k, g: (i, k)),
+      pl.BlockSpec((row_tile, depth_tile), rows_at),
       pl.BlockSpec((scales, 1, row_tile), lambda i, j, k, g: (k, 0, i)),
-      pl.BlockSpec(
-        (1, column_tile, depth_tile), lambda i, j, k, g: (matrix(i, g), j, k)
-      ),
-      pl.BlockSpec(
-        (1, scales, 1, column_tile), lambda i, j, k, g: (matrix(i, g), k, 0, j)
-      ),
+      pl.BlockSpec((1, column_tile, depth_tile), of_group),
+      pl.BlockSpec((1, scales, 1, column_tile), scales_at),
     ],
     pl.BlockSpec((row_tile, column_tile), lambda i, j, k, g: (i, j)),
     [pltpu.VMEM((row_tile, column_tile), jnp.float32)],

@@ -19,7 +19,7 @@ dtype does not suit it):
 | reference | everywhere | masked FP32 products, E times the work: the meaning |
 | blocks | everywhere | XLA loop over blocks of rows: CPU's own |
 | gpu | NVIDIA Hopper | Mosaic GPU kernels, BF16 |
-| tpu | TPU | megablox, BF16 and FP32 |
+| tpu | TPU | megablox, and a Pallas kernel for masked groups, BF16 and FP32 |
 
 A named implementation works or raises; it never falls back to another.
 
@@ -51,7 +51,6 @@ __all__ = [
   "row_multiple",
 ]
 _BY_PLATFORM = {"cpu": "blocks", "gpu": "gpu", "tpu": "tpu"}
-_MASKED_BY_PLATFORM = {"cpu": "reference", "gpu": "gpu", "tpu": "reference"}
 _PORTABLE = ("reference", "blocks")
 
 
@@ -140,8 +139,7 @@ def masked_matmul(
     w_GDF: one matrix a group, dtype of x.
     counts_G: integer rows of each group that hold data, from 0 to C.
     num_sms: multiprocessors that the GPU's kernel uses, None for all.
-    impl: 'reference', 'gpu' or None; there is no kernel for TPU, where None takes XLA's
-      batched product.
+    impl: a name from the module's table, or None.
 
   Returns:
     y_GCF in x's dtype, accumulated in FP32.
@@ -155,19 +153,17 @@ def masked_matmul(
       f"got {list(x_GCD.shape)}, {list(w_GDF.shape)}"
     )
   _check(x_GCD[0], w_GDF, counts_G)
-  name = choose("masked_matmul", impl, _MASKED_BY_PLATFORM, ("reference",))
-  if name == "gpu":
-    gpu = _implementation("gpu")
-    reason = gpu.unsupported(x_GCD.dtype, *w_GDF.shape[1:])
-    if reason is None and x_GCD.shape[1] % 8:
-      reason = f"needs a capacity that is a multiple of 8, got {x_GCD.shape[1]}"
-    if reason is None:
-      return gpu.multiply_masked(x_GCD, w_GDF, counts_G, num_sms=num_sms)
-    if impl is not None:
-      raise ValueError(
-        f"masked_matmul: impl={impl!r} {reason}, or pass impl='reference'"
-      )
-  return reference.multiply_masked(x_GCD, w_GDF, counts_G)
+  name = choose("masked_matmul", impl, _BY_PLATFORM, _PORTABLE)
+  module, reason = _implementation(name), None
+  if name not in _PORTABLE:
+    reason = module.unsupported(x_GCD.dtype, *w_GDF.shape[1:])
+  if name == "gpu" and reason is None and x_GCD.shape[1] % 8:
+    reason = f"needs a capacity that is a multiple of 8, got {x_GCD.shape[1]}"
+  if reason is None:
+    return module.multiply_masked(x_GCD, w_GDF, counts_G, **_options(name, num_sms))
+  if impl is not None:
+    raise ValueError(f"masked_matmul: impl={impl!r} {reason}, or pass impl='blocks'")
+  return blocks.multiply_masked(x_GCD, w_GDF, counts_G)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -20,9 +20,24 @@ def multiply(
   x_ZD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, transpose_w: bool = False
 ) -> jax.Array:
   """Row z of group e becomes x_z @ w_e (or @ w_e^T); rows of no group become 0."""
+  starts_E = jnp.cumsum(sizes_E) - sizes_E
+  return _multiply(x_ZD, w_EDF, starts_E, sizes_E, transpose_w)
+
+
+def multiply_masked(
+  x_GCD: jax.Array, w_GDF: jax.Array, counts_G: jax.Array, transpose_w: bool = False
+) -> jax.Array:
+  """The first counts_G rows of each group times its matrix, 0 in the others."""
+  groups, capacity, depth = x_GCD.shape
+  starts_G = jnp.arange(groups) * capacity
+  y_ZF = _multiply(x_GCD.reshape(-1, depth), w_GDF, starts_G, counts_G, transpose_w)
+  return y_ZF.reshape(groups, capacity, -1)
+
+
+def _multiply(x_ZD, w_EDF, starts_E, sizes_E, transpose_w):
+  """Groups from rows `starts_E` on, each times its matrix; 0 in rows between them."""
   rows, experts = x_ZD.shape[0], w_EDF.shape[0]
   block = _block_rows(rows, experts)
-  end_E = jnp.cumsum(sizes_E)
   columns = w_EDF.shape[1 if transpose_w else 2]
   equation = "rf,df->rd" if transpose_w else "rd,df->rf"
 
@@ -30,7 +45,8 @@ def multiply(
     w_DF = w_EDF[e].astype(jnp.float32)
 
     def one_block(i, y_ZF):
-      start, mine_R = _block(i, end_E[e] - sizes_E[e], end_E[e], block, rows)
+      first, end = starts_E[e], starts_E[e] + sizes_E[e]
+      start, mine_R = _block(i, first, end, block, rows)
       x_RD = lax.dynamic_slice_in_dim(x_ZD, start, block).astype(jnp.float32)
       y_RF = jnp.einsum(equation, x_RD, w_DF).astype(y_ZF.dtype)
       old_RF = lax.dynamic_slice_in_dim(y_ZF, start, block)

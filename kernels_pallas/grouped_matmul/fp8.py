@@ -36,7 +36,6 @@ from kernels_pallas.grouped_matmul import blocks, reference
 ROW_MULTIPLE = 128
 _BY_PLATFORM = {"cpu": "blocks", "gpu": "gpu", "tpu": "tpu"}
 _PORTABLE = {"reference": reference, "blocks": blocks}
-_MASKED_BY_PLATFORM = {"cpu": "reference", "gpu": "gpu", "tpu": "reference"}
 
 
 def grouped_fp8_matmul(
@@ -151,8 +150,7 @@ def masked_fp8_matmul(
     b_GNK, sb_Gnk: codes and scales of one matrix a group.
     counts_G: integer rows of each group that hold data, from 0 to C.
     out_dtype, num_sms: as grouped_fp8_matmul.
-    impl: 'reference', 'gpu' or None; there is no kernel for TPU, where None takes XLA's
-      batched product.
+    impl: a name from `grouped_matmul`'s table, or None.
 
   Returns:
     [G, C, N], 0 from each group's count on.
@@ -166,30 +164,32 @@ def masked_fp8_matmul(
   check_scales(op, "sa_kGC", sa_kGC, (scale_blocks(k), groups, capacity))
   check_scales(op, "sb_Gnk", sb_Gnk, (groups, scale_blocks(n), scale_blocks(k)))
   _check_sizes(op, counts_G, groups)
-  name = choose(op, impl, _MASKED_BY_PLATFORM, ("reference",))
-  if name == "gpu":
-    from kernels_pallas.grouped_matmul import gpu_fp8
-
-    reason = gpu_fp8.unsupported(n, k, capacity)
-    if reason is None:
-      return gpu_fp8.multiply_masked(
-        a_GCK, sa_kGC, b_GNK, sb_Gnk, counts_G, out_dtype=out_dtype, num_sms=num_sms
-      )
-    if impl is not None:
-      raise ValueError(f"{op}: impl={impl!r} {reason}, or pass impl='reference'")
+  name, module = _choose(op, impl, n, k, capacity)
+  if name not in _PORTABLE:
+    return module.multiply_masked(
+      a_GCK,
+      sa_kGC,
+      b_GNK,
+      sb_Gnk,
+      counts_G,
+      out_dtype=out_dtype,
+      **_options(name, num_sms),
+    )
   a_GCK = jax.vmap(dequantize_tiles, (0, 1))(a_GCK, sa_kGC)
   b_GNK = dequantize_blocks(b_GNK, sb_Gnk)
-  c_GCN = reference.multiply_masked(a_GCK, b_GNK.swapaxes(1, 2), counts_G)
+  c_GCN = module.multiply_masked(a_GCK, b_GNK, counts_G, transpose_w=True)
   return c_GCN.astype(out_dtype)
 
 
-def _choose(op: str, impl: str | None, n: int, k: int) -> tuple[str, ModuleType]:
+def _choose(
+  op: str, impl: str | None, n: int, k: int, capacity: int = 8
+) -> tuple[str, ModuleType]:
   """Settles the implementation, and whether its kernels take these shapes."""
   name = choose(op, impl, _BY_PLATFORM, _PORTABLE)
   if name in _PORTABLE:
     return name, _PORTABLE[name]
   module = _implementation(name)
-  reason = module.unsupported(n, k)
+  reason = module.unsupported(n, k, capacity)
   if reason is None:
     return name, module
   if impl is None:

@@ -44,9 +44,10 @@ def multiply_rows(
 
 
 def multiply_masked(
-  x_GCD: jax.Array, w_GDF: jax.Array, counts_G: jax.Array
+  x_GCD: jax.Array, w_GDF: jax.Array, counts_G: jax.Array, transpose_w: bool = False
 ) -> jax.Array:
   """The first counts_G rows of each group times its matrix, 0 in the others."""
+  w_GDF = jnp.swapaxes(w_GDF, 1, 2) if transpose_w else w_GDF
   own_GC = jnp.arange(x_GCD.shape[1]) < counts_G[:, None]
   x_GCD = jnp.where(own_GC[:, :, None], x_GCD, 0)
   y_GCF = jnp.einsum(

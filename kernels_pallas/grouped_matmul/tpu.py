@@ -1,13 +1,18 @@
 """Grouped matrix product on TPU: megablox, which ships with JAX, with tiles by shape.
 
-megablox leaves rows of no group unwritten, so they are zeroed here. FP32 operands are
-multiplied at the matrix unit's default precision.
+megablox leaves rows of no group unwritten, so they are zeroed here. Groups of a fixed
+capacity have a kernel of their own, which reads no more than the filled rows and the
+matrices of groups that have any. FP32 operands are multiplied at the matrix unit's
+default precision.
 
-Shapes: Z rows, E experts (groups), D input, F output.
+Shapes: Z rows, E experts (groups), D input, F output; G groups of capacity C.
 """
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
 ROW_MULTIPLE = 128
@@ -72,6 +77,62 @@ def multiply_rows(
     ),
     interpret=interpret,
   )
+
+
+def multiply_masked(
+  x_GCD: jax.Array, w_GDF: jax.Array, counts_G: jax.Array, interpret: bool = False
+) -> jax.Array:
+  """The first counts_G rows of each group times its matrix, 0 in the others."""
+  (groups, capacity, depth), columns = x_GCD.shape, w_GDF.shape[2]
+  widest = 2048 // x_GCD.dtype.itemsize
+  rows, column_tile = min(256, capacity), _tile(columns, widest)
+  step = next(t for t in range(min(widest, depth), 0, -_LANES) if depth % t == 0)
+  grid = groups, pl.cdiv(capacity, rows), pl.cdiv(columns, column_tile), depth // step
+
+  def body(counts_ref, x_ref, w_ref, y_ref, sum_ref):
+    k = pl.program_id(3)
+    left = counts_ref[pl.program_id(0)] - pl.program_id(1) * rows  # rows of this tile
+
+    @pl.when(k == 0)
+    def clear():
+      sum_ref[...] = jnp.zeros_like(sum_ref)
+
+    @pl.when(left > 0)
+    def add():
+      sum_ref[...] += jnp.dot(x_ref[0], w_ref[0], preferred_element_type=sum_ref.dtype)
+
+    @pl.when(k == grid[3] - 1)
+    def store():
+      own = lax.broadcasted_iota(jnp.int32, sum_ref.shape, 0) < left
+      y_ref[0] = jnp.where(own, sum_ref[...], 0).astype(y_ref.dtype)
+
+  def if_filled(g, c, counts_ref, *places):
+    """A tile of no rows asks for the same place always, so nothing is copied for it."""
+    some = counts_ref[g] > c * rows
+    return [jnp.where(some, place, 0) for place in places]
+
+  return pl.pallas_call(
+    body,
+    out_shape=jax.ShapeDtypeStruct((groups, capacity, columns), x_GCD.dtype),
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=1,
+      grid=grid,
+      in_specs=[
+        pl.BlockSpec(
+          (1, rows, step), lambda g, c, f, k, n: (g, *if_filled(g, c, n, c, k))
+        ),
+        pl.BlockSpec(
+          (1, step, column_tile), lambda g, c, f, k, n: (g, *if_filled(g, c, n, k, f))
+        ),
+      ],
+      out_specs=pl.BlockSpec((1, rows, column_tile), lambda g, c, f, k, n: (g, c, f)),
+      scratch_shapes=[pltpu.VMEM((rows, column_tile), jnp.float32)],
+    ),
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
+    ),
+    interpret=interpret,
+  )(counts_G.astype(jnp.int32), x_GCD, w_GDF)
 
 
 def _row_tile(rows: int, experts: int) -> int:

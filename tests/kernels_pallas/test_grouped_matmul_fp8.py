@@ -1,5 +1,7 @@
 """Grouped FP8 and masked products: every implementation against NumPy in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from kernels_pallas import grouped_matmul as gm
 from kernels_pallas.choose import target_platform
 from kernels_pallas.fp8_matmul.persistent import Tiling
-from kernels_pallas.grouped_matmul import gpu, gpu_fp8, tpu_fp8
+from kernels_pallas.grouped_matmul import gpu, gpu_fp8, tpu, tpu_fp8
 from tests import tpu_topology
 from tests.kernels_pallas import fp8_matmul_oracle as oracle
 
@@ -22,7 +24,6 @@ def on(platform):
 
 GPU = pytest.param("gpu", marks=[pytest.mark.gpu, on("gpu")])
 IMPLS = ["reference", "blocks", GPU, pytest.param("tpu", marks=on("tpu"))]
-MASKED = ["reference", GPU]
 # Groups in units of 128 rows and the padding after them; all have one shape.
 LAYOUTS = {
   "ragged": ([1, 2, 1, 1], 0),
@@ -129,11 +130,7 @@ def masked_inputs(counts, capacity, n=N, k=K):
   return codes, scales, b, sb, jnp.asarray(counts, jnp.int32)
 
 
-@pytest.mark.parametrize("capacity", [16, 200])
-@pytest.mark.parametrize("impl", MASKED)
-def test_masked_fp8(impl, capacity):
-  a, sa, b, sb, counts = masked_inputs([0, 1, 16, capacity, 9], capacity)
-  got = gm.masked_fp8_matmul(a, sa, b, sb, counts, out_dtype=jnp.float32, impl=impl)
+def assert_masked(got, a, sa, b, sb, counts, impl):
   for g, count in enumerate(np.asarray(counts)):
     assert (np.asarray(got[g, count:]) == 0).all()
     a_CK = oracle.dequantize_tiles(a[g], sa[:, g])[:count]
@@ -143,14 +140,27 @@ def test_masked_fp8(impl, capacity):
 
 
 @pytest.mark.parametrize("capacity", [16, 200])
-@pytest.mark.parametrize("impl", MASKED)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_masked_fp8(impl, capacity):
+  args = masked_inputs([0, 1, 16, capacity, 9], capacity)
+  got = gm.masked_fp8_matmul(*args, out_dtype=jnp.float32, impl=impl)
+  assert_masked(got, *args, impl)
+
+
+@pytest.mark.parametrize("capacity", [16, 200])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_masked_bf16(impl, capacity):
+  f = 256 if impl == "tpu" else 192
+  check_masked_bf16(functools.partial(gm.masked_matmul, impl=impl), capacity, f)
+
+
+def check_masked_bf16(multiply, capacity, f):
   rng, counts = np.random.default_rng(0), np.array([0, 1, 16, capacity, 9])
-  x = jnp.asarray(rng.normal(size=(5, capacity, 128)), jnp.bfloat16)
-  w = jnp.asarray(rng.normal(size=(5, 128, 192)), jnp.bfloat16)
+  x = jnp.asarray(rng.normal(size=(5, capacity, 256)), jnp.bfloat16)
+  w = jnp.asarray(rng.normal(size=(5, 256, f)), jnp.bfloat16)
   own = np.arange(capacity) < counts[:, None]
   poisoned = jnp.where(own[:, :, None], x, jnp.nan)
-  got = gm.masked_matmul(poisoned, w, jnp.asarray(counts), impl=impl)
+  got = multiply(poisoned, w, jnp.asarray(counts))
   x, w = np.where(own[:, :, None], np.asarray(x, np.float64), 0), np.asarray(w)
   want, magnitude = x @ w.astype(np.float64), abs(x) @ abs(w.astype(np.float64))
   assert (np.asarray(got, np.float64)[~own] == 0).all()
@@ -205,6 +215,16 @@ def test_tpu_kernels_interpreted():
   assert_grouped_dw(got, *args, "tpu", c)
 
 
+@on("cpu")
+def test_masked_tpu_kernels_interpreted():
+  """Several tiles of rows, tiles of none, and a capacity that is no whole tile."""
+  args = masked_inputs([0, 130, 9], 200)
+  got = tpu_fp8.multiply_masked(*args, out_dtype=jnp.float32, interpret=True)
+  assert_masked(got, *args, "tpu")
+  multiply = functools.partial(tpu.multiply_masked, interpret=True)
+  check_masked_bf16(multiply, 300, 384)
+
+
 def specs(experts, rows, n, k):
   """Arguments of the forward product and of the weight gradient."""
   e4m3, n_, k_, r_ = jnp.float8_e4m3fn, *(oracle.blocks(s) for s in (n, k, rows))
@@ -246,16 +266,24 @@ def test_compiles_for_tpu_topologies(topology):
   devices = tpu_topology.devices(topology)
   mesh = Mesh(np.array(devices[:1]), ("one",))
 
-  def step(forward, tokens):
-    return gm.grouped_fp8_matmul(*forward), gm.grouped_fp8_matmul_dw(*tokens)
+  def step(forward, tokens, x, w):
+    a, sa, b, sb, counts = forward
+    masked = a.reshape(8, 512, -1), sa.reshape(-1, 8, 512), b, sb, counts
+    return (
+      gm.grouped_fp8_matmul(*forward),
+      gm.grouped_fp8_matmul_dw(*tokens),
+      gm.masked_fp8_matmul(*masked),
+      gm.masked_matmul(x, w, counts),
+    )
 
+  bf16 = [((8, 512, 1408), jnp.bfloat16), ((8, 1408, 2048), jnp.bfloat16)]
   args = jax.tree.map(
     lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(mesh, P())),
-    specs(8, 4096, 2048, 1408),
+    [*specs(8, 4096, 2048, 1408), *(jax.ShapeDtypeStruct(*shape) for shape in bf16)],
   )
   local = jax.shard_map(step, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
   compiled = jax.jit(local).lower(*args).compile()
-  assert compiled.as_text().count("tpu_custom_call") >= 2
+  assert compiled.as_text().count("tpu_custom_call") >= 4
 
 
 def test_refusals():
