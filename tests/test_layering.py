@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "deepseek_jax.config",
     "deepseek_jax.dense_config",
     "deepseek_jax.mesh",
+    "deepseek_jax.parallel.decode_dispatch",
     "deepseek_jax.parallel.dispatch",
     "deepseek_jax.precision",
     "kernels_pallas",

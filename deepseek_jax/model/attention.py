@@ -120,7 +120,7 @@ class LatentAttention(nnx.Module):
     self.wkv_a = weight(keys[2], (d, c.cache_dim), std, inputs=1, outputs=1)
     self.kv_norm = RMSNorm(c.kv_lora_rank, c.norm_eps)
     wkv_b = (c.kv_lora_rank, h, c.qk_nope_head_dim + c.v_head_dim)
-    self.wkv_b = weight(keys[3], wkv_b, std, inputs=1, outputs=2)
+    self.wkv_b = weight(keys[3], wkv_b, std, inputs=1, outputs=2, absorbed=True)
     self.wo = weight(keys[4], (h, c.v_head_dim, d), std, inputs=2, outputs=1)
     self.config = config
 

@@ -6,20 +6,27 @@ backward pass the gradients of outputs), with scales that are powers of two beca
 is tiled a second time on arrival, for the weight gradient; and BF16 where rows are
 summed. What arrived is kept in FP8 for the backward pass.
 
+Decoding dispatches in a form of its own, see parallel/decode_dispatch.py.
+
 Shape suffixes: M tokens, D model, F hidden, E experts, A active experts a token,
-C tokens that arrive, Z rows; d is D / 128.
+C tokens that arrive, Z rows; d is D / 128. Decoding: L experts of C slots.
 """
 
 import functools
+import math
+from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.mesh import EXPERT_AXES
 from deepseek_jax.model.layers import weight
+from deepseek_jax.parallel import decode_dispatch
 from deepseek_jax.parallel import dispatch as d
+from deepseek_jax.parallel.decode_dispatch import Slots
 from deepseek_jax.precision import feed_forward as ff
 from deepseek_jax.precision.tiles import Fp8Weight, Recipe, Tiled, keep
 
@@ -34,9 +41,41 @@ class Experts(nnx.Module):
     self.w13 = weight(k13, (e, dim, 2 * f), std, spec, **one)
     self.w2 = weight(k2, (e, f, dim), std, spec, **one)
 
-  def __call__(self, x_MD: jax.Array, gates_MA: jax.Array, plan: d.Plan) -> jax.Array:
+  def plan(
+    self,
+    experts_MA: jax.Array,
+    *,
+    n_experts: int,
+    capacity: float = math.inf,
+    axes: Sequence[str] = (),
+    decoding: bool = False,
+  ) -> d.Plan | Slots:
+    """Where tokens go: to slots when decoding, else as rows in groups.
+
+    One rank sends nothing and takes what has fewer rows, as all of them are read and
+    written between the products: groups are padded each, slots are one a token.
+    """
+    m, active = experts_MA.shape
+    groups = m * active + n_experts * (self.row_multiple - 1)
+    slots = n_experts * decode_dispatch.slots_of_expert(m)
+    if decoding and (axes or slots <= groups):
+      return decode_dispatch.make_slots(experts_MA, n_experts=n_experts, axes=axes)
+    return d.make_plan(
+      experts_MA,
+      n_experts=n_experts,
+      row_multiple=self.row_multiple,
+      capacity=capacity,
+      axes=axes,
+    )
+
+  def __call__(
+    self, x_MD: jax.Array, gates_MA: jax.Array, plan: d.Plan | Slots
+  ) -> jax.Array:
     """The sum over each token's experts of gate times output, [M, D]."""
     w13, w2 = self.w13[...], self.w2[...]
+    if isinstance(plan, Slots):
+      y_LCD = _in_slots(x_MD, w13, w2, plan)
+      return decode_dispatch.combine(y_LCD, gates_MA, plan)
     if isinstance(w13, Fp8Weight):
       codes = w13.codes, w2.codes
       return _fp8_experts(
@@ -50,6 +89,18 @@ class Experts(nnx.Module):
   def row_multiple(self) -> int:
     """What the rows of each expert must be padded to."""
     return ff.row_multiple(self.w13[...])
+
+
+def _in_slots(x_MD, w13, w2, slots: Slots) -> jax.Array:
+  """Tokens in their slots through the experts there: [L, C, D]."""
+  if not isinstance(w13, Fp8Weight):
+    (x_LCD,) = decode_dispatch.dispatch([x_MD], slots)
+    return ff.masked_feed_forward(x_LCD, slots.counts_L, w13, w2)
+  codes_MD, scales_dM = w13.recipe.rows(x_MD, power_of_two=True)  # as in training
+  codes_LCD, scales_LCd = decode_dispatch.dispatch([codes_MD, scales_dM.T], slots)
+  rows = codes_LCD, jnp.moveaxis(scales_LCd, -1, 0)
+  codes = w13.codes, w2.codes
+  return ff.fp8_masked_forward(rows, slots.counts_L, codes, w13.recipe, x_MD.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))

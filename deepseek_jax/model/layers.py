@@ -36,7 +36,8 @@ def weight(
 
   Flags: `high_precision=True` keeps it in FP32 in compute too; `inputs` and `outputs`
   mark the weight of a Linear, which FP8 training quantises, and say how many of its
-  last dimensions are contracted with activations and how many come out.
+  last dimensions are contracted with activations and how many come out; `absorbed=True`
+  that decoding multiplies it with other weights' outputs, not as a Linear.
   """
   value = std * jax.random.normal(key, shape, jnp.float32)
   return nnx.Param(value, spec=spec or P(), **flags)
@@ -89,6 +90,23 @@ def quantize_for_compute[M: nnx.Module](module: M, recipe: Recipe) -> M:
     return variable.replace(
       quantize_weight(variable[...], flags["inputs"], flags["outputs"], recipe)
     )
+
+  return map_variables(quantize, module)
+
+
+def quantize_for_generation[M: nnx.Module](module: M, recipe: Recipe) -> M:
+  """The module with Linears' weights in FP8, in one layout: about a byte a weight.
+
+  What decoding absorbs stays as it is, as in the released code.
+  """
+
+  def quantize(variable):
+    flags = variable.get_metadata()
+    if not flags.get("inputs") or flags.get("absorbed"):
+      return variable
+    inputs, outputs = flags["inputs"], flags["outputs"]
+    quantized = quantize_weight(variable[...], inputs, outputs, recipe)
+    return variable.replace(quantized.forward_only())
 
   return map_variables(quantize, module)
 

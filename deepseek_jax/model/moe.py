@@ -17,7 +17,6 @@ from deepseek_jax.config import BalanceConfig, ModelConfig
 from deepseek_jax.model import router as routing
 from deepseek_jax.model.experts import Experts
 from deepseek_jax.model.layers import FeedForward
-from deepseek_jax.parallel.dispatch import make_plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +25,7 @@ class Execution:
 
   expert_axes: tuple[str, ...] = ()  # mesh axes that routed experts are split over
   capacity: float = math.inf  # see parallel/dispatch.py
+  decoding: bool = False  # a few tokens of each sequence, without gradients
   remat: str = "none"  # none, deepseek or full
   balance: BalanceConfig = dataclasses.field(
     default_factory=lambda: BalanceConfig(sequence=0.0)
@@ -62,12 +62,12 @@ class MoE(nnx.Module):
     x_MD = x_BTD.reshape(-1, d)
     scores_ME, experts_MA, gates_MA = self.router(x_MD)
     experts_MA = checkpoint_name(experts_MA, "plan")
-    plan = make_plan(
+    plan = self.experts.plan(
       experts_MA,
       n_experts=c.n_routed_experts,
-      row_multiple=self.experts.row_multiple,
       capacity=execution.capacity,
       axes=execution.expert_axes,
+      decoding=execution.decoding,
     )
     out_MD = self.experts(x_MD, gates_MA, plan)
     if c.n_shared_experts:

@@ -265,7 +265,7 @@ class Transformer(nnx.Module):
     positions_BT: jax.Array,
     execution: Execution = Execution(),  # noqa: B008
   ) -> tuple[jax.Array, jax.Array]:
-    """Reads tokens that follow a cache, in the absorbed form.
+    """Reads tokens that follow a cache, in the absorbed form; experts as for decoding.
 
     Args:
       tokens_BT: one or more new tokens of each sequence.
@@ -275,6 +275,8 @@ class Transformer(nnx.Module):
     Returns:
       Hidden states [B, T, D] before the final norm, and the new cache.
     """
+
+    execution = dataclasses.replace(execution, decoding=True)
 
     def layer(carry, numbered):
       block, i = numbered

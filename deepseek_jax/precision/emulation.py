@@ -7,7 +7,8 @@ products, and without promotion that of single products when an instruction alig
 them, so that what is lost here is a little less than on the hardware.
 
 Shape suffixes: M rows, K contraction, N output, I and J outputs of a weight gradient,
-E experts, R rows of one tile; a lower-case letter is that dimension divided by 128.
+E experts, G groups of capacity C, R rows of one tile; a lower-case letter is that
+dimension divided by 128.
 """
 
 import functools
@@ -49,6 +50,20 @@ def multiply(
   starts = jnp.arange(0, len(a_MK), TILE)
   y_mRN = lax.map(tile, (starts, a_MK.reshape(len(starts), TILE, -1)))
   return y_mRN.reshape(len(a_MK), -1)
+
+
+def multiply_masked(
+  a: Tiled, b: Tiled, counts_G: jax.Array, promotion: bool
+) -> jax.Array:
+  """Groups of one capacity in FP32, [G, C, K] times [G, N, K]: see tiles.py."""
+  codes_GCK, scales_kGC = a
+
+  def group(parts):
+    codes_CK, scales_kC, weight, count = parts
+    y_CN = multiply((codes_CK, scales_kC), weight, None, promotion)
+    return jnp.where(jnp.arange(len(y_CN))[:, None] < count, y_CN, 0)
+
+  return lax.map(group, (codes_GCK, scales_kGC.swapaxes(0, 1), b, counts_G))
 
 
 def weight_gradient(

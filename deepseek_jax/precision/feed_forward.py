@@ -6,7 +6,8 @@ DeepSeekMoE: gates are applied before the down-projection, so that summing exper
 plain sum. FP8 (DeepSeek-V3 report, 3.3 and 3.2.3): six FP8 products, SwiGLU's input
 kept in FP8 and its output computed again; quantising is fused with SwiGLU both ways.
 
-Shape suffixes: Z rows, D model, F hidden, E experts.
+Shape suffixes: Z rows, D model, F hidden, E experts; G groups of capacity C; d is
+D / 128, f F / 128.
 """
 
 import functools
@@ -79,6 +80,37 @@ def expert_feed_forward(
   return grouped.grouped_matmul(gated.astype(rows_ZD.dtype), w2_EFD, group_sizes_E)
 
 
+def masked_feed_forward(
+  x_GCD: jax.Array, counts_G: jax.Array, w13_GD2F: jax.Array, w2_GFD: jax.Array
+) -> jax.Array:
+  """The first counts_G rows of each group through its own expert, without gates.
+
+  Returns:
+    [G, C, D], 0 in rows from a group's count on, whatever stands there in x.
+  """
+  hidden_GC2F = grouped.masked_matmul(x_GCD, w13_GD2F, counts_G)
+  return grouped.masked_matmul(swiglu(hidden_GC2F), w2_GFD, counts_G)
+
+
+def fp8_masked_forward(
+  x: Tiled,
+  counts_G: jax.Array,
+  codes: tuple[WeightCodes, WeightCodes],
+  recipe: Recipe,
+  dtype,
+) -> jax.Array:
+  """As `masked_feed_forward`, of rows [G, C, D] with scales [d, G, C]; in `dtype`."""
+  (by_output13, _), (by_output2, _) = codes
+  hidden_GC2F = recipe.multiply_masked(x, by_output13, counts_G, dtype)
+  groups, capacity, width = hidden_GC2F.shape
+  codes_ZF, scales_fZ = recipe.activate(hidden_GC2F.reshape(-1, width), None)
+  activated = (
+    codes_ZF.reshape(groups, capacity, -1),
+    scales_fZ.reshape(-1, groups, capacity),
+  )
+  return recipe.multiply_masked(activated, by_output2, counts_G, dtype)
+
+
 def _fp8(x_ZD, gates_Z, sizes_E, w13: Fp8Weight, w2: Fp8Weight):
   codes = w13.codes, w2.codes
   return _fp8_feed_forward(
@@ -143,6 +175,8 @@ def fp8_backward(
 ) -> tuple[jax.Array, jax.Array | None, jax.Array, jax.Array]:
   """From dy as rows and as columns: dx_ZD in `dtype`, d_gates_Z, d13 and d2 in FP32."""
   (_, by_input13), (_, by_input2) = codes
+  assert by_input13 is not None
+  assert by_input2 is not None
   d_activated_ZF = recipe.multiply(dy[0], by_input2, dtype, group_sizes_E)
   (d_rows, d_columns), activated, d_gates_Z = recipe.activate_backward(
     kept, gates_Z, d_activated_ZF

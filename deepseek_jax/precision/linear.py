@@ -38,7 +38,7 @@ def linear(
   inner = math.prod(w.shape[:contract])
   batch, out = x.shape[: x.ndim - contract], w.shape[contract:]
   if isinstance(w, Fp8Weight):
-    gradient_KN = w.gradient.reshape(inner, -1)
+    gradient_KN = None if w.gradient is None else w.gradient.reshape(inner, -1)
     y = _fp8_linear(
       x.reshape(-1, inner), gradient_KN, w.by_output, w.by_input, w.recipe, saved
     )

@@ -19,11 +19,16 @@ from deepseek_jax.fp8_config import Fp8Config
 from deepseek_jax.precision import emulation
 from kernels_pallas import quantize
 from kernels_pallas.fp8_matmul import fp8_matmul, fp8_matmul_dw
-from kernels_pallas.grouped_matmul import grouped_fp8_matmul, grouped_fp8_matmul_dw
+from kernels_pallas.grouped_matmul import (
+  grouped_fp8_matmul,
+  grouped_fp8_matmul_dw,
+  masked_fp8_matmul,
+)
 
 TILE = quantize.TILE
 Tiled = tuple[jax.Array, jax.Array]  # FP8 codes, FP32 scale of each tile
-WeightCodes = tuple[Tiled, Tiled]  # contracted over the input, over the output
+# Contracted over the input, and for gradients over the output.
+WeightCodes = tuple[Tiled, Tiled | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +48,19 @@ class Recipe:
     if group_sizes_E is None:
       return fp8_matmul(*a, *b, out_dtype=dtype)
     return grouped_fp8_matmul(*a, *b, group_sizes_E, out_dtype=dtype)
+
+  def multiply_masked(
+    self, a: Tiled, b: Tiled, counts_G: jax.Array, dtype
+  ) -> jax.Array:
+    """Groups of one capacity: the first counts_G rows of each times its weight.
+
+    Rows [G, C, K] with scales [k, G, C] times weights [G, N, K]: [G, C, N], 0 in rows
+    from a group's count on, whatever stands there.
+    """
+    if self.emulated:
+      y_GCN = emulation.multiply_masked(a, b, counts_G, self.config.promotion)
+      return y_GCN.astype(dtype)
+    return masked_fp8_matmul(*a, *b, counts_G, out_dtype=dtype)
 
   def weight_gradient(
     self, a: Tiled, b: Tiled, group_sizes_E: jax.Array | None = None
@@ -207,12 +225,15 @@ class Fp8Weight:
   Autodiff wants cotangents of a primal's own type, and FP8 gradients are not meant, so
   `gradient` stands for the weight there: zeros that nobody reads, of the weight's
   shape, in the FP32 in which weight gradients are accumulated.
+
+  Generation needs one layout only, see `forward_only`.
   """
 
-  gradient: jax.Array  # FP32 [..., in..., out...]
+  gradient: jax.Array | None  # FP32 [..., in..., out...]
   by_output: Tiled  # [..., N, K]: contracted over the input, for the product
-  by_input: Tiled  # [..., K, N]: contracted over the output, for the gradient of x
+  by_input: Tiled | None  # [..., K, N]: contracted over the output, for x's gradient
   recipe: Recipe = dataclasses.field(metadata={"static": True})
+  body: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # in..., out...
 
   def __getitem__(self, everything) -> "Fp8Weight":
     if everything is not Ellipsis:
@@ -225,7 +246,11 @@ class Fp8Weight:
 
   @property
   def shape(self) -> tuple[int, ...]:
-    return self.gradient.shape
+    return *self.by_output[0].shape[:-2], *self.body
+
+  def forward_only(self) -> "Fp8Weight":
+    """Without what gradients need: one byte a weight instead of six."""
+    return dataclasses.replace(self, gradient=None, by_input=None)
 
 
 def quantize_weight(
@@ -236,4 +261,5 @@ def quantize_weight(
   k = math.prod(w.shape[len(lead) : len(lead) + inputs])
   both = recipe.weights(w.reshape(math.prod(lead), k, -1))
   by_input, by_output = jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), both)
-  return Fp8Weight(jnp.zeros(w.shape, jnp.float32), by_output, by_input, recipe)
+  zeros, body = jnp.zeros(w.shape, jnp.float32), w.shape[len(lead) :]
+  return Fp8Weight(zeros, by_output, by_input, recipe, body)
