@@ -2,6 +2,7 @@
 
     FOLDER/params/          Orbax PyTree: nested dicts of arrays, keys as in the names
     FOLDER/metadata.json    config, and of each array name, shape, dtype, axes, spec
+                            (mesh axes of each dimension here; a list: several)
 
 No type of Flax or of this project is in it, so Orbax and JAX alone restore it, on any
 mesh. README.md, "Checkpoints", says how to compute with it. Stacked, a parameter holds

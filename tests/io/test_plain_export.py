@@ -84,7 +84,7 @@ def test_metadata_and_tree(tmp_path):
     "shape": [2, 8, 160, 48],
     "dtype": "float8_e4m3fn",
     "axes": ["layer", "expert", "dim", "gate_up"],
-    "spec": ["pipeline", "expert", None, None],
+    "spec": ["pipeline", ["node", "expert"], None, None],
   }
   scale = metadata["parameters"]["moe_blocks.ffn.experts.w13_scale"]
   assert scale["shape"] == [2, 8, 2, 2]

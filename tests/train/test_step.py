@@ -46,13 +46,13 @@ CONSTANT = ((math.inf, "constant", 1.0),)
 
 
 def make_config(
-  mesh: tuple[int, int, int] = (1, 1, 1),
+  mesh: tuple[int, ...] = (1, 1, 1),  # pipeline, data, expert, node
   micros: int = 1,
   model: ModelConfig = MODEL,
   precision: str = "fp32",
   **train,
 ) -> Config:
-  micro = ROWS // (mesh[1] * mesh[2] * micros)
+  micro = ROWS // (math.prod(mesh) * micros)
   settings = {
     "batch_size": ROWS,
     "micro_batch_size": micro,
