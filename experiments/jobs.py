@@ -22,11 +22,6 @@ from deepseek_jax.train.evaluation import Evaluation
 from deepseek_jax.train.finish import write_samples
 
 
-def join_processes() -> None:
-  """Several processes, one run; where and how many comes from the environment."""
-  jax.distributed.initialize()
-
-
 def pretrain(config: Config, folder: str) -> None:
   """Trains from scratch, or on from the newest checkpoint in `folder`."""
   _keep_programs(folder)

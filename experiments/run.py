@@ -3,6 +3,8 @@
     python -m experiments.run --config=experiments/configs/pretrain.py:tiny \
       --workdir=runs/tiny --config.train.steps=100
 
+Several processes (hosts) run one job together: see hosts.py for their flags.
+
 Exit code 0 when the job is done, or was stopped by SIGTERM or Ctrl-C with a
 checkpoint. What a user can mend (a wrong setting, a missing file, a full disk, a
 workdir of another config) is one line on stderr and exit code 1; `--debug` adds the
@@ -15,7 +17,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 # Before JAX is imported. GPUs: leave XLA most of the memory, but not so much that
 # libraries outside it (cuBLAS, NCCL) find none.
@@ -29,7 +31,10 @@ from tqdm import tqdm
 
 from deepseek_jax.config import Config
 from deepseek_jax.io import workdir
-from experiments import overrides
+from experiments import hosts, overrides
+
+if TYPE_CHECKING:
+  from deepseek_jax.processes import Group
 
 overrides.register_tuple_parser(config_flags)
 _CONFIG = config_flags.DEFINE_config_file(
@@ -37,9 +42,6 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run's files")
 _DEBUG = flags.DEFINE_bool("debug", False, "show tracebacks and library logs")
-_DISTRIBUTED = flags.DEFINE_bool(
-  "distributed", False, "one of several processes: call jax.distributed.initialize()"
-)
 _JOBS = ("pretrain", "generate", "evaluate", "import", "export")
 _PACKAGES = ("deepseek_jax", "kernels_pallas", "experiments", "__main__")
 _FILE_ERRORS = (
@@ -53,33 +55,48 @@ _NO_SPACE = ("no space left on device", "disk quota exceeded")
 
 def main(_: Sequence[str]) -> None:
   _set_up_logging()
+  group = None
   try:
-    if _CONFIG.value is None:
-      raise ValueError(
-        "--config is missing: try --config=experiments/configs/pretrain.py:tiny"
-      )
-    config = overrides.to_config(_CONFIG.value)
-    if not _WORKDIR.value:
-      raise ValueError("--workdir is missing: name a folder for the run's files")
-    _run(config, _WORKDIR.value)
+    config, folder = _read_command()
+    group = hosts.join(config.job)
+    if group:
+      hosts.check_same(config, group)
+    _run(config, folder)
+    if group:
+      group.leave()
   except KeyboardInterrupt:
-    _stop("interrupted; the last whole checkpoint, if any, is kept", code=130)
+    _stop("interrupted; the last whole checkpoint, if any, is kept", 130, group)
   except Exception as error:
-    if _DEBUG.value or not is_expected(error):
+    if group and (line := group.explain_loss(error)):
+      _stop(line, group=group, lost=True)
+    if is_expected(error) and not _DEBUG.value:
+      _stop(describe(error, _WORKDIR.value), group=group)
+    if group is None:
       raise
-    _stop(describe(error, _WORKDIR.value))
+    traceback.print_exc()
+    group.abandon(1)
+
+
+def _read_command() -> tuple[Config, str]:
+  """The config and the workdir, checked as far as can be done without JAX."""
+  if _CONFIG.value is None:
+    raise ValueError(
+      "--config is missing: try --config=experiments/configs/pretrain.py:tiny"
+    )
+  config = overrides.to_config(_CONFIG.value)
+  if not _WORKDIR.value:
+    raise ValueError("--workdir is missing: name a folder for the run's files")
+  if config.job not in _JOBS:
+    raise ValueError(f"job={config.job!r} is unknown: use one of {', '.join(_JOBS)}")
+  if config.job == "pretrain":
+    workdir.check(config, _WORKDIR.value)
+  return config, _WORKDIR.value
 
 
 def _run(config: Config, folder: str) -> None:
   """Does the job; JAX is imported here, so that mistakes above show at once."""
-  if config.job not in _JOBS:
-    raise ValueError(f"job={config.job!r} is unknown: use one of {', '.join(_JOBS)}")
-  if config.job == "pretrain":
-    workdir.check(config, folder)
   from experiments import jobs, jobs_checkpoints
 
-  if _DISTRIBUTED.value:
-    jobs.join_processes()
   match config.job:
     case "pretrain":
       jobs.pretrain(config, folder)
@@ -148,10 +165,14 @@ def parse_arguments(argv: Sequence[str]) -> list[str]:
     _stop(overrides.last_line(error))
 
 
-def _stop(line: str, code: int = 1) -> NoReturn:
+def _stop(
+  line: str, code: int = 1, group: "Group | None" = None, lost: bool = False
+) -> NoReturn:
   """Ends the program with one line on stderr."""
   sys.stdout.flush()
   print(f"error: {line}", file=sys.stderr)
+  if group:
+    group.abandon(code, wait=0 if lost else 5)
   sys.exit(code)
 
 

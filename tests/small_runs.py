@@ -87,16 +87,23 @@ def get_config():
   return to_config_dict(small_config())
 
 
-def start(workdir: Path, *arguments: str, config: str = "tests/small_runs.py"):
-  """Starts `experiments.run` on one CPU device; the caller waits for it."""
+def start(
+  workdir: Path,
+  *arguments: str,
+  config: str = "tests/small_runs.py",
+  program: str = "experiments.run",
+  devices: int = 1,
+):
+  """Starts `experiments.run` on simulated CPU devices; the caller waits for it."""
   environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+  environment["JAX_NUM_CPU_DEVICES"] = str(devices)
   flags = environment.get("XLA_FLAGS", "").split()
   environment["XLA_FLAGS"] = " ".join(f for f in flags if "device_count" not in f)
   return subprocess.Popen(
     [
       sys.executable,
       "-m",
-      "experiments.run",
+      program,
       f"--config={config}",
       f"--workdir={workdir}",
       *arguments,

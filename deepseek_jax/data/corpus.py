@@ -9,8 +9,8 @@ sizes and times, tokenizer, reading options), with
     meta.json     counts, and a checksum of each file
 
 It is written under another name, synchronised and then renamed, so that it exists
-whole or not at all. Opening it compares the checksums (about a second a gigabyte);
-what does not fit is thrown away and made again.
+whole or not at all. Process 0, opening it, compares the checksums (about a second a
+gigabyte); what does not fit is thrown away and made again.
 """
 
 import array
@@ -59,14 +59,15 @@ def load_corpus(
 ) -> Corpus:
   """Opens the corpus of these documents in `folder`, or makes it first.
 
-  Processes that share the folder, told apart by `process`, may do so at once.
+  Processes that share the folder are told apart by `process`. Number 0 alone compares
+  the checksums, for which it reads everything.
 
   Raises:
     ValueError: there is no text, or a file is damaged.
   """
   path = folder / _fingerprint(documents, tokenizer)
   if path.exists():
-    reason = _damage(path)
+    reason = "" if process else _damage(path)
     if not reason:
       return _open(path)
     log.warning("%s is damaged (%s): tokenising again", path, reason)

@@ -15,6 +15,7 @@ from deepseek_jax.data.corpus import Corpus, load_corpus
 from deepseek_jax.data.packing import PackedSource, split_documents
 from deepseek_jax.data.sources import Documents
 from deepseek_jax.data.tokenizer import Tokenizer, prepare_tokenizer
+from deepseek_jax.processes import first_alone
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,9 @@ def make_data(
   """Reads, tokenises (once; then from workdir/data) and packs what `config` names.
 
   Process p of P takes samples p, p + P, ... of one order, which depends on the data,
-  `config.seed` and `train.seq_len` only. Process numbers default to JAX's.
+  `config.seed` and `train.seq_len` only, and reads only their text. Process numbers
+  default to JAX's. All processes share `workdir`; the first one prepares it while the
+  others wait.
 
   Raises:
     FileNotFoundError, ValueError: one line that names the setting or file at fault.
@@ -72,15 +75,8 @@ def make_data(
       f"{config.model.vocab_size}: lower the former or raise the latter"
     )
   documents = Documents(data.path, data.text_key, data.max_bytes)
-  tokenizer = prepare_tokenizer(
-    data.tokenizer, documents, data.tokenizer_vocab, config.seed, workdir
-  )
-  if tokenizer.vocab_size > config.model.vocab_size:
-    raise ValueError(
-      f"{tokenizer.name} has {tokenizer.vocab_size} entries, more than "
-      f"model.vocab_size={config.model.vocab_size}: raise the latter"
-    )
-  corpus = load_corpus(documents, tokenizer, workdir / "data", process)
+  with first_alone("data"):
+    tokenizer, corpus = _prepare(config, documents, workdir, process)
   training, held_out = split_documents(
     corpus, data.validation_fraction, config.seed, seq_len
   )
@@ -116,6 +112,27 @@ def make_data(
     validation_samples=n_samples,
     _validation=validation,
   )
+
+
+def _prepare(
+  config: Config, documents: Documents, workdir: Path, process: int
+) -> tuple[Tokenizer, Corpus]:
+  """The tokenizer and the tokens: made by process 0, opened by those after it."""
+  data = config.data
+  if jax.process_index() and not (workdir / "tokenizer.json").exists():
+    raise ValueError(
+      f"{workdir} is not the folder that process 0 writes to: give all processes a "
+      "workdir on a file system that they share"
+    )
+  tokenizer = prepare_tokenizer(
+    data.tokenizer, documents, data.tokenizer_vocab, config.seed, workdir
+  )
+  if tokenizer.vocab_size > config.model.vocab_size:
+    raise ValueError(
+      f"{tokenizer.name} has {tokenizer.vocab_size} entries, more than "
+      f"model.vocab_size={config.model.vocab_size}: raise the latter"
+    )
+  return tokenizer, load_corpus(documents, tokenizer, workdir / "data", process)
 
 
 def _iterate(

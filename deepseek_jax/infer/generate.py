@@ -34,6 +34,7 @@ from deepseek_jax.model.dense import DenseTransformer
 from deepseek_jax.model.layers import map_variables
 from deepseek_jax.model.moe import Execution
 from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.processes import compile_together
 
 LENGTH_MULTIPLE = 64  # of padded prompts, caches and outputs
 STOPS_MULTIPLE = 8
@@ -145,7 +146,7 @@ def generate(
     ranks = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
   prompts_BT, lengths_B = _pad_prompts(rows, ranks)
   sampled = settings.temperature > 0
-  ended_BW = _generate(
+  arguments = (
     model,
     prompts_BT,
     lengths_B,
@@ -155,11 +156,14 @@ def generate(
     np.float32(temperature) if sampled else None,
     np.float32(top_p) if sampled and top_p < 1 else None,
     jax.random.key(config.seed) if key is None else key,
-    cache_length=_round_up(int(lengths_B.max()) + max_new_tokens, LENGTH_MULTIPLE),
-    width=_round_up(max_new_tokens, LENGTH_MULTIPLE),
-    mesh=mesh,
   )
-  tokens_BW = np.asarray(ended_BW)[: len(rows)]
+  static = {
+    "cache_length": _round_up(int(lengths_B.max()) + max_new_tokens, LENGTH_MULTIPLE),
+    "width": _round_up(max_new_tokens, LENGTH_MULTIPLE),
+    "mesh": mesh,
+  }
+  compile_together("generation", _generate, *arguments, **static)
+  tokens_BW = np.asarray(_generate(*arguments, **static))[: len(rows)]
   return [row[row != NOTHING].tolist() for row in tokens_BW]
 
 

@@ -30,6 +30,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.mesh import EXPERT_AXES
+from deepseek_jax.processes import compile_together
 from deepseek_jax.train.schedule import Values
 from deepseek_jax.train.step import Scalars, TrainState
 
@@ -107,16 +108,17 @@ class Chain:
     if self.capacity and step.number - self.raised_at >= STEPS_BEFORE_LOWER:
       self.capacity, self.raised_at = self.capacity - 1, step.number
     step.capacity = self.capacity
-    if step.capacity not in self._compiled:
-      bound = self._capacities[step.capacity]
-      self._compiled[step.capacity] = self._compile(bound)
-      step.compiled = True
     scalars = Scalars(
       learning_rate=np.float32(step.values.learning_rate),
       bias_update_rate=np.float32(step.values.bias_update_rate),
       mtp_weight=np.float32(step.values.mtp_weight),
       blocked=before.metrics["overflow"] if before else self._free,
     )
+    if step.capacity not in self._compiled:
+      program = self._compile(self._capacities[step.capacity])
+      compile_together("step", program, self.state, step.batch, scalars)
+      self._compiled[step.capacity] = program
+      step.compiled = True
     run = self._compiled[step.capacity]
     self.state, step.metrics = run(self.state, step.batch, scalars)
     step.weights = self._copy_weights(self.state, step.number)

@@ -7,6 +7,7 @@ import jax
 
 from deepseek_jax.config import Config
 from deepseek_jax.data.pipeline import Data
+from deepseek_jax.processes import compile_together
 from deepseek_jax.train.batches import rows_of_micro_batch, validation_batch
 from deepseek_jax.train.step import TrainState, make_eval_step
 
@@ -42,6 +43,8 @@ class Evaluation:
     """At the first capacity that does not overflow; the last one never does."""
     bound = self._config.train.capacities[capacity]
     if bound not in self._programs:
-      self._programs[bound] = make_eval_step(self._config, self._mesh, bound)
+      program = make_eval_step(self._config, self._mesh, bound)
+      compile_together("evaluation", program, state, self._batch)
+      self._programs[bound] = program
     found = jax.device_get(self._programs[bound](state, self._batch))
     return self._run(state, capacity + 1) if found["overflow"] else found

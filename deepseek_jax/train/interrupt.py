@@ -1,6 +1,11 @@
-"""SIGTERM and Ctrl-C as a wish to stop after the step under way."""
+"""SIGTERM and Ctrl-C as a wish to stop after the step under way.
+
+Several processes must stop at the same step. JAX's preemption service agrees on one:
+it catches SIGTERM in any of them, within a second. Ctrl-C is passed on to it.
+"""
 
 import logging
+import os
 import signal
 import threading
 from typing import Any
@@ -27,13 +32,17 @@ class Interrupt:
     """Whether to stop before `step`; the same answer in all processes."""
     if jax.process_count() == 1:
       return self._noted
-    return self._noted or multihost_utils.reached_preemption_sync_point(step)
+    if not multihost_utils.reached_preemption_sync_point(step):
+      return False
+    log.warning("a process was told to stop: stopping all, with a checkpoint")
+    return True
 
   def __enter__(self) -> "Interrupt":
-    # With several processes JAX's own service catches SIGTERM and agrees on a step.
+    alone = jax.process_count() == 1
     if threading.current_thread() is threading.main_thread():
-      for number in _SIGNALS if jax.process_count() == 1 else ():
-        self._before[number] = signal.signal(number, self._note)
+      for number in _SIGNALS if alone else (signal.SIGINT,):
+        handler = self._note if alone else self._pass_on
+        self._before[number] = signal.signal(number, handler)
     return self
 
   def __exit__(self, *_: Any) -> None:
@@ -47,3 +56,8 @@ class Interrupt:
       "%s: stopping after this step, with a checkpoint", signal.Signals(number).name
     )
     self.__exit__()
+
+  def _pass_on(self, *_: Any) -> None:
+    """Ctrl-C as the SIGTERM that JAX's service waits for."""
+    self.__exit__()
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -16,6 +16,7 @@ A step whose loss or gradient is not finite is skipped and counted; after
 import dataclasses
 import functools
 import logging
+import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from deepseek_jax.io import workdir as home
 from deepseek_jax.io.checkpoint import Checkpoints, check_space, tree_bytes
 from deepseek_jax.io.weights import restore_start
 from deepseek_jax.mesh import make_mesh
+from deepseek_jax.processes import is_loss
 from deepseek_jax.train import metrics as reporting
 from deepseek_jax.train.batches import next_batch, rows_of_micro_batch
 from deepseek_jax.train.chain import Chain, Step
@@ -128,7 +130,8 @@ def train(
       else:
         finish(config, run.workdir, run.mesh, run.data, run.state, list(run.loads))
     finally:
-      _close(run)
+      if not is_loss(sys.exception()):  # or it would wait for the lost process
+        _close(run)
 
 
 def _bad_steps(run: Run) -> str:
@@ -313,6 +316,7 @@ def _record(config: Config, step: Step) -> dict[str, Any]:
     "gate_entropy_layers": entropy,
     "capacity": config.train.capacities[step.capacity],
     "retries": step.retries,
+    "copies_per_token": reporting.copies_per_token(config.mesh, found["copies"]),
     "applied": bool(found["applied"]),
   }
 
