@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from deepseek_jax.checkpoint_config import CheckpointConfig
 from deepseek_jax.fp8_config import Fp8Config
+from deepseek_jax.rebalance_config import RebalanceConfig
 
 # A schedule is a tuple of pieces `(until_tokens, shape, value)`: up to and including
 # `until_tokens` the value moves from the previous piece's value (0 before the first)
@@ -328,6 +329,7 @@ class GenerateConfig:
   top_p: float = 1.0
   stop: tuple[str, ...] = ()  # texts whose single token ends a completion, besides EOS
   checkpoint: str = ""  # a training workdir, for job=generate
+  placement: str = ""  # a file of job=rebalance: experts are held where it says
   # Prompts as questions in the workdir's chat template; `thinking` opens <think> too.
   chat: Literal["off", "template", "thinking"] = "off"
 
@@ -358,6 +360,7 @@ class Config:
   data: DataConfig = field(default_factory=DataConfig)
   checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
   generate: GenerateConfig = field(default_factory=GenerateConfig)
+  rebalance: RebalanceConfig = field(default_factory=RebalanceConfig)
 
   def __post_init__(self):
     _require(

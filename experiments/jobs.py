@@ -7,19 +7,30 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from deepseek_jax.config import Config
 from deepseek_jax.data.chat import ChatTokenizer, load_tokenizer
 from deepseek_jax.data.pipeline import make_data
 from deepseek_jax.infer.generate import generate_text
+from deepseek_jax.infer.placement import expert_ranks, place_experts
 from deepseek_jax.io import workdir
 from deepseek_jax.io.checkpoint import Restored, restore_newest
 from deepseek_jax.io.hf_import import assemble, compute_targets, make_skeleton
+from deepseek_jax.io.placement import read_placement, routed_shape, write_placement
 from deepseek_jax.io.weights import restore_weights
 from deepseek_jax.mesh import make_mesh
+from deepseek_jax.parallel.eplb import gpu_loads, one_of_each, rebalance_experts
 from deepseek_jax.train import loop, step
-from deepseek_jax.train.evaluation import Evaluation
+from deepseek_jax.train.evaluation import Evaluation, measure_loads
 from deepseek_jax.train.finish import write_samples
+from deepseek_jax.train.metrics import max_violation
+from deepseek_jax.train.plots import plot_gpu_load
+
+
+def join_processes() -> None:
+  """Several processes, one run; where and how many comes from the environment."""
+  jax.distributed.initialize()
 
 
 def pretrain(config: Config, folder: str) -> None:
@@ -39,12 +50,19 @@ def generate(config: Config, folder: str) -> None:
   tokenizer, template = load_tokenizer(source), None
   if config.generate.chat != "off":
     template = ChatTokenizer.from_folder(source).template
+  placement = None
+  if path := config.generate.placement:
+    placement = read_placement(path, config.model, expert_ranks(mesh))
   skeleton = make_skeleton(config.model)
   dtype = jnp.float32 if config.precision == "fp32" else jnp.bfloat16
   targets = compute_targets(skeleton, mesh, dtype)
   number, arrays = restore_weights(source, skeleton, targets)
+  model = assemble(skeleton, arrays)
+  del arrays
+  if placement is not None:
+    model = place_experts(model, placement, mesh)
   texts = generate_text(
-    assemble(skeleton, arrays),
+    model,
     config,
     tokenizer,
     config.generate.prompts,
@@ -72,6 +90,53 @@ def evaluate(config: Config, folder: str) -> None:
     raise ValueError("data.validation_fraction=0 leaves nothing to evaluate on")
   if jax.process_index() == 0:
     print(json.dumps({"step": found.step, **values}))
+
+
+def rebalance(config: Config, folder: str) -> None:
+  """Places redundant experts by the loads of a training run's newest checkpoint."""
+  source, settings = Path(config.generate.checkpoint or folder), config.rebalance
+  config = _as_trained(config, source)
+  layers, experts = routed_shape(config.model)
+  if config.job == "import" or not layers:
+    raise ValueError(
+      f"{source} is no training run of a model with routed experts: loads are measured "
+      "on the data of one"
+    )
+  settings.check(experts)
+  mesh = make_mesh(**dataclasses.asdict(config.mesh))
+  found = _restore(source, vars(step.abstract_state(config, mesh)))
+  state, data = step.TrainState(**found.state), make_data(config, source)
+  # Placed by what was measured first, judged by what came after.
+  first_LE, then_LE = measure_loads(config, mesh, data, state, parts=2)
+  placement = rebalance_experts(
+    first_LE,
+    experts + settings.redundant_experts,
+    config.model.n_expert_groups,
+    settings.nodes,
+    settings.gpus,
+  )
+  if jax.process_index():
+    return
+  before, after = (
+    gpu_loads(then_LE, placed, settings.gpus)
+    for placed in (one_of_each(layers, experts), placement)
+  )
+  file, plot = Path(folder) / "placement.json", Path(folder) / "plots/gpu_load.png"
+  newest = source / "checkpoints" / str(found.step)
+  write_placement(file, placement, first_LE, settings, measured=str(newest))
+  copies = f"{settings.redundant_experts} redundant experts"
+  plot_gpu_load({"each expert once": before, copies: after}, plot)
+  print(f"load of the fullest of {settings.gpus} GPUs / mean load, {layers} layers:")
+  print(f"each expert once: {_fullest(before)}")
+  print(f"{copies}: {_fullest(after)}")
+  print(f"checkpoint: {newest}")
+  print(f"placement:  {file}")
+  print(f"plot:       {plot}")
+
+
+def _fullest(load_LG: np.ndarray) -> str:
+  over_L = 1 + np.array(max_violation(load_LG))
+  return f"{over_L.mean():.3f} on average, {over_L.max():.3f} in the worst layer"
 
 
 def _as_trained(config: Config, source: Path) -> Config:

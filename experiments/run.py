@@ -42,7 +42,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run's files")
 _DEBUG = flags.DEFINE_bool("debug", False, "show tracebacks and library logs")
-_JOBS = ("pretrain", "generate", "evaluate", "import", "export")
+_JOBS = ("pretrain", "generate", "evaluate", "rebalance", "import", "export")
 _PACKAGES = ("deepseek_jax", "kernels_pallas", "experiments", "__main__")
 _FILE_ERRORS = (
   FileNotFoundError,
@@ -104,6 +104,8 @@ def _run(config: Config, folder: str) -> None:
       jobs.generate(config, folder)
     case "evaluate":
       jobs.evaluate(config, folder)
+    case "rebalance":
+      jobs.rebalance(config, folder)
     case "import":
       jobs_checkpoints.import_checkpoint(config, folder)
     case "export":

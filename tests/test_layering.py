@@ -28,6 +28,7 @@ MAY_IMPORT = {
   "deepseek_jax.config": (
     "deepseek_jax.checkpoint_config",
     "deepseek_jax.fp8_config",
+    "deepseek_jax.rebalance_config",
   ),
   "deepseek_jax.precision": ("deepseek_jax.fp8_config", "kernels_pallas"),
   "deepseek_jax.parallel": ("deepseek_jax.mesh", "kernels_pallas"),
@@ -38,6 +39,7 @@ MAY_IMPORT = {
     "deepseek_jax.mesh",
     "deepseek_jax.parallel.decode_dispatch",
     "deepseek_jax.parallel.dispatch",
+    "deepseek_jax.parallel.places",
     "deepseek_jax.precision",
     "kernels_pallas",
   ),

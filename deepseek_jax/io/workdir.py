@@ -26,6 +26,7 @@ _MAY_CHANGE = (
   "checkpoint.",
   "data.workers",  # reading ahead; the order of samples stays
   "generate.",
+  "rebalance.",
 )
 
 

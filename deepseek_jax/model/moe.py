@@ -3,7 +3,7 @@
 DeepSeekMoE (2401.06066) section 3; DeepSeek-V3 report, section 2.1.2.
 
 Shape suffixes: B batch, T time, M=B*T tokens, D model, E experts, A active experts,
-S axes of experts.
+S axes of experts, X most copies of one expert.
 """
 
 import dataclasses
@@ -12,11 +12,13 @@ import math
 import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import BalanceConfig, ModelConfig
 from deepseek_jax.model import router as routing
 from deepseek_jax.model.experts import Experts
 from deepseek_jax.model.layers import FeedForward
+from deepseek_jax.parallel.places import choose_places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,26 @@ class RoutingStats:
   copies_S: jax.Array  # int32: tokens sent along each axis, see parallel/dispatch.py
 
 
+class PlaceTable(nnx.Variable):
+  """Places of experts: integers that no gradient trains."""
+
+
+class Places(nnx.Module):
+  """Where each expert is held, where some are held more than once.
+
+  DeepSeek-V3 report, section 3.4. For inference: training and checkpoints hold each
+  expert once and know nothing of places. See infer/placement.py.
+  """
+
+  def __init__(self, table_EX: jax.Array, count: int, spec: P):
+    """`count` places in all; `table_EX` has -1 behind an expert's last."""
+    self.table = PlaceTable(table_EX, spec=spec, high_precision=True)
+    self.count = count
+
+
 class MoE(nnx.Module):
+  places: Places | None = None  # None: expert e is at place e
+
   def __init__(self, config: ModelConfig, key: jax.Array):
     k_router, k_experts, k_shared = jax.random.split(key, 3)
     self.router = routing.Router(config, k_router)
@@ -62,9 +83,13 @@ class MoE(nnx.Module):
     x_MD = x_BTD.reshape(-1, d)
     scores_ME, experts_MA, gates_MA = self.router(x_MD)
     experts_MA = checkpoint_name(experts_MA, "plan")
+    places_MA, n_places = experts_MA, c.n_routed_experts
+    if self.places is not None:
+      table_EX, n_places = self.places.table[...], self.places.count
+      places_MA = choose_places(experts_MA, table_EX, execution.expert_axes)
     plan = self.experts.plan(
-      experts_MA,
-      n_experts=c.n_routed_experts,
+      places_MA,
+      n_experts=n_places,
       capacity=execution.capacity,
       axes=execution.expert_axes,
       decoding=execution.decoding,

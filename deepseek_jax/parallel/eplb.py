@@ -62,6 +62,30 @@ def rebalance_experts(
   return Placement(expert_LR, places_LEX, copies_LE)
 
 
+def as_placement(expert_LR: np.ndarray, experts: int) -> Placement:
+  """The placement whose places hold these experts; an expert's copies in their order.
+
+  Raises:
+    ValueError: no table of experts, or one that leaves an expert out.
+  """
+  expert_LR = np.asarray(expert_LR)
+  if expert_LR.ndim != 2 or not np.issubdtype(expert_LR.dtype, np.integer):
+    raise ValueError(f"places need a table of integers, got shape {expert_LR.shape}")
+  here_LER = expert_LR[:, None, :] == np.arange(experts)[:, None]
+  copies_LE = here_LER.sum(-1)
+  if (copies_LE == 0).any() or copies_LE.sum() != expert_LR.size:
+    raise ValueError(f"each layer's places must hold all experts 0 to {experts - 1}")
+  order_LER = np.argsort(~here_LER, axis=-1, kind="stable")  # its places first
+  places_LEX = order_LER[..., : copies_LE.max(initial=0)]
+  is_copy = np.arange(places_LEX.shape[-1]) < copies_LE[..., None]
+  return Placement(expert_LR, np.where(is_copy, places_LEX, -1), copies_LE)
+
+
+def one_of_each(layers: int, experts: int) -> Placement:
+  """Every expert once, in order: the placement without redundancy."""
+  return as_placement(np.tile(np.arange(experts), (layers, 1)), experts)
+
+
 def gpu_loads(weight: np.ndarray, placement: Placement, num_gpus: int) -> np.ndarray:
   """[layers, GPUs] load of each GPU if copies share their expert's load evenly."""
   expert_LR = placement.expert_LR

@@ -1,10 +1,12 @@
-"""PNG plots of a finished run: the loss curves and the load of every expert."""
+"""PNG plots of a run: the loss curves, the load of every expert and of every GPU."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 
@@ -44,6 +46,30 @@ def plot_expert_load(load_LE: np.ndarray, path: Path) -> None:
   )
   axis.set(xlabel="expert", ylabel="MoE layer", yticks=range(len(load)))
   figure.colorbar(image, label="load / mean load")
+  _save(figure, path)
+
+
+def plot_gpu_load(loads: dict[str, np.ndarray], path: Path) -> None:
+  """Load of every GPU (column) in every layer (row) under several placements.
+
+  Args:
+    loads: [layers, GPUs] by the placement's name; drawn side by side, as multiples of
+      the layer's mean, with the fullest GPU's mean over layers in the title.
+  """
+  relative = {}
+  for name, load_LG in loads.items():
+    load_LG = np.asarray(load_LG, np.float64)
+    relative[name] = load_LG / np.maximum(load_LG.mean(axis=1, keepdims=True), 1e-9)
+  layers = len(next(iter(relative.values())))
+  figure = Figure(figsize=(9, 1.8 + 0.25 * layers), layout="constrained")
+  axes = figure.subplots(1, len(relative), sharey=True, squeeze=False)[0]
+  colours = ScalarMappable(Normalize(0, 2), "RdBu_r")
+  for axis, (name, load_LG) in zip(axes, relative.items()):
+    image = colours.to_rgba(load_LG)
+    axis.imshow(image, aspect="auto", interpolation="nearest")
+    axis.set(xlabel="GPU", title=f"{name}: max / mean {load_LG.max(1).mean():.2f}")
+  axes[0].set(ylabel="MoE layer", yticks=range(layers))
+  figure.colorbar(colours, ax=axes, label="load / mean load")
   _save(figure, path)
 
 

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from deepseek_jax.parallel.eplb import (
+  as_placement,
   gpu_loads,
+  one_of_each,
   pack_evenly,
   rebalance_experts,
   replicate,
@@ -107,3 +109,20 @@ def test_refusals(args, message):
 def test_loads_that_are_not_numbers_are_refused():
   with pytest.raises(ValueError, match="finite"):
     rebalance_experts(np.array([[1.0, np.nan]]), 2, 1, 1, 2)
+
+
+def test_a_placement_from_its_places_alone():
+  placed = rebalance_experts(np.array(LOADS), 16, 4, 2, 8)
+  again = as_placement(placed.expert_LR, 12)
+  np.testing.assert_array_equal(again.copies_LE, placed.copies_LE)
+  np.testing.assert_array_equal(
+    np.sort(again.places_LEX, -1), np.sort(placed.places_LEX, -1)
+  )
+  assert again.places_LEX[0, 1].tolist() == [13, 15]  # by place, not by copy
+  assert again.places_LEX[0, 0].tolist() == [12, -1]
+  plain = one_of_each(2, 12)
+  assert plain.expert_LR.tolist() == [list(range(12))] * 2
+  assert plain.places_LEX.tolist() == [[[e] for e in range(12)]] * 2
+  for wrong in ([[0, 1, 3]], [[0, 1, 1]], [[0, 1, -1]], [0, 1, 2], [[0.0, 1.0, 2.0]]):
+    with pytest.raises(ValueError, match="places"):
+      as_placement(np.array(wrong), 3)
