@@ -28,11 +28,6 @@ from deepseek_jax.train.metrics import max_violation
 from deepseek_jax.train.plots import plot_gpu_load
 
 
-def join_processes() -> None:
-  """Several processes, one run; where and how many comes from the environment."""
-  jax.distributed.initialize()
-
-
 def pretrain(config: Config, folder: str) -> None:
   """Trains from scratch, or on from the newest checkpoint in `folder`."""
   _keep_programs(folder)
