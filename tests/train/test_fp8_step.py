@@ -9,6 +9,7 @@ change its norm and direction by far more than is allowed here.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +33,10 @@ def single(precision: str):
   return run(make_config(precision=precision, model=MODEL), BATCHES)[1]
 
 
-def test_meshes_accumulation_and_remat_agree():
-  config = make_config((1, 2, 2), 2, MODEL, "fp8", remat="deepseek")
+def test_all_at_once_agrees_with_one_device():
+  """FP8, MTP, ZeRO-1, experts over 2 x 2 of 8 devices, accumulation and remat."""
+  config = make_config((1, 2, 2, 2), 2, MODEL, "fp8", remat="deepseek")
+  assert config.model.n_mtp_layers == 1
   _, (ours, after) = run(config, BATCHES[:2])
   plain, plain_after = single("fp8")[:2]
   for name in ("loss", "mtp_loss", "balance_loss", "entropy"):
@@ -54,6 +57,15 @@ def test_near_bf16_and_falling_as_it_does():
   # A model of width 32 at this learning rate: other roundings part by as much.
   losses = [[m["loss"] for m in curve] for curve in (fp8, bf16)]
   np.testing.assert_allclose(*losses, rtol=0.1)
+
+
+def test_the_optimizer_state_is_split_over_all_eight_devices():
+  mesh = make_mesh(1, 2, 2, node=2)
+  state = step.abstract_state(make_config((1, 2, 2, 2), precision="fp8"), mesh)
+  for name in ("moe_blocks.ffn.experts.w13", "mtp.0.eh_proj", "embed.weight"):
+    for part in (state.params, state.mu, state.nu):
+      shape, sharding = part[name].shape, part[name].sharding
+      assert math.prod(sharding.shard_shape(shape)) == math.prod(shape) // 8, name
 
 
 def weights(config: Config):
