@@ -51,17 +51,25 @@ def test_mtp_losses_equal_the_formula():
   config = dataclasses.replace(MLA, n_mtp_layers=2)
   model = randomise(Transformer(config, jax.random.key(0)), 0)
   tokens = np.random.default_rng(0).integers(0, 64, (2, 10)).astype(np.int32)
-  parts = jax.jit(lambda m, t: loss.loss_parts(m, t, None, Execution()))(model, tokens)
-  inputs = jnp.asarray(tokens[:, :-1])
-  hidden = model(inputs).hidden_BTD
-  states, _ = model.look_ahead(hidden, jnp.asarray(tokens[:, 1:]))
+
+  @jax.jit
+  def run(model, tokens):
+    """The parts, and the log probabilities of the main model and of each depth."""
+    parts = loss.loss_parts(model, tokens, None, Execution())
+    hidden = model(tokens[:, :-1]).hidden_BTD
+    ahead, _ = model.look_ahead(hidden, tokens[:, 1:])
+    states = [model.norm(hidden), *ahead]
+    return parts, [jax.nn.log_softmax(model.head(state)) for state in states]
+
+  parts, log_probs = run(model, tokens)
+  main_log_probs, *depths = (np.asarray(x, np.float64) for x in log_probs)
   total = 0.0
-  for depth, state in enumerate(states, start=1):
-    log_probs = np.asarray(jax.nn.log_softmax(model.head(state)), np.float64)
+  for depth, log_probs in enumerate(depths, start=1):
     for b in range(2):
       for i in range(9 - depth):  # the target is token i + depth + 1 of 0..9
         total -= log_probs[b, i, tokens[b, i + depth + 1]]
   np.testing.assert_allclose(parts.mtp, total / 2, rtol=1e-5)
-  log_probs = np.asarray(jax.nn.log_softmax(model.logits(inputs)), np.float64)
-  main = -sum(log_probs[b, i, tokens[b, i + 1]] for b in range(2) for i in range(9))
+  main = -sum(
+    main_log_probs[b, i, tokens[b, i + 1]] for b in range(2) for i in range(9)
+  )
   np.testing.assert_allclose(parts.main, main, rtol=1e-5)
