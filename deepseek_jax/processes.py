@@ -3,7 +3,7 @@
 `jax.distributed` does the work. It finds the cluster (SLURM, Open MPI, Kubernetes,
 GKE and Cloud TPU) if nothing is said; its coordination service, which lives in process
 0, introduces the processes to each other and watches their heartbeats. Added here are
-one line for every mistake, and an end within a time-out. When a process dies,
+one line for a mistake (meeting.py), and an end within a time-out. When a process dies,
 
 - a collective of the others fails at once (Gloo, on CPUs): an exception, `is_loss`;
 - or it waits forever (NCCL, TPU): after `peer_timeout` seconds without a heartbeat the
@@ -19,17 +19,15 @@ Left out: going on with fewer processes.
 import contextlib
 import logging
 import os
-import socket
 import sys
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import jax
 from jax._src import distributed  # its client has no public name
 
 from deepseek_jax.last_words import LastWords
+from deepseek_jax.meeting import Place, meet
 
 log = logging.getLogger("deepseek_jax")
 
@@ -51,34 +49,6 @@ _SIGNS_OF_LOSS = (
 )
 
 
-@dataclass(frozen=True)
-class Place:
-  """Which process this is, of how many, and where process 0 can be reached.
-
-  Raises:
-    ValueError: one line that names the flag at fault.
-  """
-
-  coordinator: str  # HOST:PORT, a free port of the host of process 0
-  processes: int
-  process: int  # from 0
-
-  def __post_init__(self):
-    host, _, port = self.coordinator.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-      raise ValueError(
-        f"coordinator={self.coordinator!r} must be HOST:PORT of process 0, as in "
-        "10.0.0.1:8476"
-      )
-    if self.processes < 1:
-      raise ValueError(f"processes={self.processes} must be at least 1")
-    if not 0 <= self.process < self.processes:
-      raise ValueError(
-        f"process={self.process} must be one of 0 to {self.processes - 1}, as "
-        f"processes={self.processes}"
-      )
-
-
 class Group:
   """This process among the others, from joining them to leaving."""
 
@@ -98,22 +68,14 @@ class Group:
     Raises:
       ValueError: there is no cluster, or not all processes came: one line.
     """
-    self.process = place.process if place else 0
-    where = f" at {place.coordinator}" if place else ""
-    who = f"process {place.process} of {place.processes}" if place else "this process"
-    missing = (
-      f"{who} did not meet all others{where} within {join_timeout} s: start all of "
-      "them, with the same coordinator and number of processes, and see that the "
-      "coordinator's host and port can be reached"
+    if place:
+      meet(place, join_timeout)
+    self._words = LastWords(
+      f"not all processes could be joined within {join_timeout} s (JAX's lines above "
+      "say more): start all of them, and see that they reach the host of process 0"
     )
-    self._words = LastWords(missing)
     try:
-      if place and place.process:
-        _wait_for_port(place.coordinator, join_timeout)
       _initialize(place, join_timeout, peer_timeout)
-    except TimeoutError as error:
-      self._words.close()
-      raise ValueError(missing) from error
     except (ValueError, RuntimeError, OSError) as error:
       self._words.close()
       raise ValueError(_why_not_joined(place, error)) from error
@@ -208,28 +170,6 @@ def _initialize(place: Place | None, join_timeout: int, peer_timeout: int) -> No
     cluster_detection_method="deactivate",
     **timeouts,
   )
-
-
-def _wait_for_port(address: str, seconds: int) -> None:
-  """Returns once something listens there: JAX itself would end us where nothing does.
-
-  Raises:
-    TimeoutError: nothing came to listen in time.
-    OSError: the host has no address.
-  """
-  host, _, port = address.rpartition(":")
-  deadline = time.monotonic() + seconds
-  while True:
-    left = deadline - time.monotonic()
-    try:
-      with socket.create_connection((host.strip("[]"), int(port)), max(left, 1)):
-        return
-    except socket.gaierror:
-      raise
-    except OSError as error:
-      if left <= 0:
-        raise TimeoutError from error
-    time.sleep(0.2)
 
 
 def _why_not_joined(place: Place | None, error: Exception) -> str:

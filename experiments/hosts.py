@@ -13,6 +13,7 @@ from absl import flags
 from deepseek_jax.config import Config
 from deepseek_jax.io.plain import to_dict
 from deepseek_jax.io.workdir import flatten
+from deepseek_jax.meeting import Place
 
 if TYPE_CHECKING:
   from deepseek_jax.processes import Group
@@ -53,10 +54,10 @@ def join(job: str) -> "Group | None":
       f"missing {absent}: --coordinator, --processes and --process belong together; "
       "--distributed alone finds them in the environment"
     )
-  from deepseek_jax import processes  # and JAX with it
+  place = Place(**given) if given else None
+  from deepseek_jax.processes import Group  # imports JAX
 
-  place = processes.Place(**given) if given else None
-  group = processes.Group(place, _JOIN_TIMEOUT.value, _PEER_TIMEOUT.value)
+  group = Group(place, _JOIN_TIMEOUT.value, _PEER_TIMEOUT.value)
   if group.process:
     logging.getLogger("deepseek_jax").setLevel(logging.WARNING)
   return group

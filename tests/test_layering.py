@@ -23,7 +23,7 @@ MAY_IMPORT = {
   "kernels_pallas": (),
   "deepseek_jax": (),
   "deepseek_jax.presets": ("deepseek_jax.config",),
-  "deepseek_jax.processes": ("deepseek_jax.last_words",),
+  "deepseek_jax.processes": ("deepseek_jax.last_words", "deepseek_jax.meeting"),
   "deepseek_jax.planner": ("deepseek_jax.config", "deepseek_jax.parallel.schedule"),
   "deepseek_jax.config": (
     "deepseek_jax.checkpoint_config",

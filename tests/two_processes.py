@@ -2,15 +2,19 @@
 
     python -m tests.two_processes --config=... --coordinator=... (as experiments.run)
 
-JAX's compilation cache is written by process 0 alone, and on CPUs its keys name the
-process, so that the others would compile anew each time they start. Without that part
-of the key they find what process 0 has compiled.
+Process 0 compiles for all, once and for every later start, as JAX can on GPUs. On CPUs
+its compilation cache would not serve the others, because its keys name the process.
 """
 
+import os
 import runpy
 
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # as experiments.run
+
+import jax
 from jax._src import cache_key
 
 if __name__ == "__main__":
+  jax.config.update("jax_share_binary_between_hosts", True)
   cache_key._hash_accelerator_config = cache_key._hash_devices  # pyright: ignore
   runpy.run_module("experiments.run", run_name="__main__", alter_sys=True)

@@ -38,7 +38,7 @@ def check(config: Config, workdir: str | Path) -> None:
   """
   if (Path(workdir) / "config.json").exists():
     _refuse_differences(read(workdir), config, workdir)
-  elif any(Path(workdir).glob("checkpoints/[0-9]*")):
+  elif any(path.name.isdigit() for path in Path(workdir).glob("checkpoints/*")):
     raise ValueError(
       f"{workdir} has checkpoints but no config.json to say whose they are: "
       "use another workdir"
