@@ -12,7 +12,6 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
@@ -62,7 +61,7 @@ def place_experts(
 
 def expert_ranks(mesh: Mesh | None) -> int:
   """Over how many devices the routed experts of a layer are split."""
-  return math.prod(mesh.shape[axis] for axis in EXPERT_AXES) if mesh else 1
+  return math.prod(mesh.shape[axis] for axis in EXPERT_AXES) if mesh is not None else 1
 
 
 def _place(moe: MoE, placement: Placement, rows: Any, mesh: Mesh | None) -> None:
@@ -70,10 +69,10 @@ def _place(moe: MoE, placement: Placement, rows: Any, mesh: Mesh | None) -> None
   expert_R = placement.expert_LR[rows].astype(np.int32)
   moe.experts.w13 = _copy(moe.experts.w13, expert_R, mesh)
   moe.experts.w2 = _copy(moe.experts.w2, expert_R, mesh)
-  table = jnp.asarray(placement.places_LEX[rows], jnp.int32)
+  table = placement.places_LEX[rows].astype(np.int32)
   spec = P(*moe.router.weight.get_metadata()["spec"][: expert_R.ndim - 1])
-  if mesh is not None:
-    table = jax.device_put(table, NamedSharding(mesh, spec))
+  where = NamedSharding(mesh, spec) if mesh is not None else None
+  table = jax.device_put(table, where)
   moe.places = Places(table, expert_R.shape[-1], spec)
 
 

@@ -63,7 +63,8 @@ def plot_gpu_load(loads: dict[str, np.ndarray], path: Path) -> None:
   layers = len(next(iter(relative.values())))
   figure = Figure(figsize=(9, 1.8 + 0.25 * layers), layout="constrained")
   axes = figure.subplots(1, len(relative), sharey=True, squeeze=False)[0]
-  colours = ScalarMappable(Normalize(0, 2), "RdBu_r")
+  span = max(np.abs(load_LG - 1).max() for load_LG in relative.values())
+  colours = ScalarMappable(Normalize(1 - span, 1 + span), "RdBu_r")
   for axis, (name, load_LG) in zip(axes, relative.items()):
     image = colours.to_rgba(load_LG)
     axis.imshow(image, aspect="auto", interpolation="nearest")
