@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 ROW_MULTIPLE = 8
+_MASKED_ROWS = 8  # of a block: groups of a capacity are mostly empty
 
 
 def multiply(
@@ -21,7 +22,8 @@ def multiply(
 ) -> jax.Array:
   """Row z of group e becomes x_z @ w_e (or @ w_e^T); rows of no group become 0."""
   starts_E = jnp.cumsum(sizes_E) - sizes_E
-  return _multiply(x_ZD, w_EDF, starts_E, sizes_E, transpose_w)
+  block = _block_rows(x_ZD.shape[0], w_EDF.shape[0])
+  return _multiply(x_ZD, w_EDF, starts_E, sizes_E, block, transpose_w)
 
 
 def multiply_masked(
@@ -30,18 +32,23 @@ def multiply_masked(
   """The first counts_G rows of each group times its matrix, 0 in the others."""
   groups, capacity, depth = x_GCD.shape
   starts_G = jnp.arange(groups) * capacity
-  y_ZF = _multiply(x_GCD.reshape(-1, depth), w_GDF, starts_G, counts_G, transpose_w)
+  block = min(_MASKED_ROWS, groups * capacity)
+  x_ZD = x_GCD.reshape(-1, depth)
+  y_ZF = _multiply(x_ZD, w_GDF, starts_G, counts_G, block, transpose_w)
   return y_ZF.reshape(groups, capacity, -1)
 
 
-def _multiply(x_ZD, w_EDF, starts_E, sizes_E, transpose_w):
+def _multiply(x_ZD, w_EDF, starts_E, sizes_E, block, transpose_w):
   """Groups from rows `starts_E` on, each times its matrix; 0 in rows between them."""
   rows, experts = x_ZD.shape[0], w_EDF.shape[0]
-  block = _block_rows(rows, experts)
   columns = w_EDF.shape[1 if transpose_w else 2]
   equation = "rf,df->rd" if transpose_w else "rd,df->rf"
 
   def expert(e, y_ZF):
+    # A matrix that nobody asks for is not even widened.
+    return lax.cond(sizes_E[e] > 0, own_rows, lambda e, y_ZF: y_ZF, e, y_ZF)
+
+  def own_rows(e, y_ZF):
     w_DF = w_EDF[e].astype(jnp.float32)
 
     def one_block(i, y_ZF):
