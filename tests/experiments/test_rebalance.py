@@ -77,7 +77,7 @@ def test_the_job_leaves_what_it_promises(trained, rebalanced):
 
 
 def test_generation_with_the_placement(trained, rebalanced, tmp_path):
-  """Greedy samples with and without it are the same."""
+  """Greedy samples on a mesh with and without it are the same."""
 
   def sample(mesh: MeshConfig, **settings) -> str:
     generate = GenerateConfig(
