@@ -330,6 +330,7 @@ class GenerateConfig:
   stop: tuple[str, ...] = ()  # texts whose single token ends a completion, besides EOS
   checkpoint: str = ""  # a training workdir, for job=generate
   placement: str = ""  # a file of job=rebalance: experts are held where it says
+  fp8: bool = False  # the weights of Linears in FP8, as training in FP8 multiplies
   # Prompts as questions in the workdir's chat template; `thinking` opens <think> too.
   chat: Literal["off", "template", "thinking"] = "off"
 

@@ -12,6 +12,7 @@ import numpy as np
 from deepseek_jax.config import Config
 from deepseek_jax.data.chat import ChatTokenizer, load_tokenizer
 from deepseek_jax.data.pipeline import make_data
+from deepseek_jax.infer.fp8 import in_fp8
 from deepseek_jax.infer.generate import generate_text
 from deepseek_jax.infer.placement import expert_ranks, place_experts
 from deepseek_jax.io import workdir
@@ -21,6 +22,7 @@ from deepseek_jax.io.placement import read_placement, routed_shape, write_placem
 from deepseek_jax.io.weights import restore_weights
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.parallel.eplb import gpu_loads, one_of_each, rebalance_experts
+from deepseek_jax.precision.tiles import Recipe
 from deepseek_jax.train import loop, step
 from deepseek_jax.train.evaluation import Evaluation, measure_loads
 from deepseek_jax.train.finish import write_samples
@@ -56,6 +58,9 @@ def generate(config: Config, folder: str) -> None:
   del arrays
   if placement is not None:
     model = place_experts(model, placement, mesh)
+  if config.generate.fp8:
+    recipe = Recipe(config.fp8, emulated=config.precision == "fp8_emulated")
+    model = in_fp8(model, mesh, recipe)
   texts = generate_text(
     model,
     config,

@@ -5,9 +5,10 @@ all prompts and decodes in a `while_loop` until every row has ended. Prompts are
 on the right and each row keeps its own position. Lengths are rounded up, so that few
 programs are compiled.
 
-On a mesh the batch is split over the data axes and experts over theirs, dispatched
-without a bound, so nothing overflows. What moves here besides the experts' tokens: one
-integer a token, so that all ranks stop together, and the result at the end.
+On a mesh the batch is split over the data axes and experts over theirs. Prompts reach
+them as training does, without a bound, and later tokens by fixed slots (see
+parallel/decode_dispatch.py), so nothing overflows. What moves here besides the experts'
+tokens: one integer a token, so that all ranks stop together, and the result at the end.
 
 Left out: batches that change while they run, speculation with MTP.
 

@@ -19,6 +19,7 @@ from deepseek_jax.io.fp8_weights import dequantise_tensor
 from deepseek_jax.io.hf_import import load
 from deepseek_jax.io.safetensors import SafetensorsFolder
 from deepseek_jax.io.workdir import claim
+from deepseek_jax.precision.tiles import Fp8Weight
 from experiments import jobs
 from experiments.jobs_checkpoints import import_checkpoint
 from tests.fixtures import weights
@@ -61,7 +62,7 @@ def test_logits_are_those_of_transformers():
     np.testing.assert_array_equal(values, expected[name])
 
 
-def test_an_answer_in_the_folders_chat_template(tmp_path, capsys):
+def test_an_answer_in_the_folders_chat_template(tmp_path, capsys, monkeypatch):
   """By the jobs import and generate, and by hand."""
   checkpoint = CheckpointConfig(path=str(FOLDER), dtype="float32")
   workdir = str(tmp_path / "imported")
@@ -72,6 +73,16 @@ def test_an_answer_in_the_folders_chat_template(tmp_path, capsys):
   jobs.generate(job_config("generate", generate=settings), str(tmp_path))
   written = (tmp_path / "samples" / "generated_0.txt").read_text("utf-8")
   assert written in capsys.readouterr().out
+
+  models = []
+  monkeypatch.setattr(
+    jobs, "generate_text", lambda m, *_, **__: models.append(m) or [""]
+  )
+  settings = dataclasses.replace(settings, fp8=True)
+  jobs.generate(job_config("generate", generate=settings), str(tmp_path))
+  experts = models[0].moe_blocks.ffn.experts
+  assert isinstance(experts.w13[...], Fp8Weight)
+  assert experts.w13[...].gradient is None
 
   model, config = load(FOLDER, dtype=jnp.float32, progress=False)
   chat = ChatTokenizer.from_folder(FOLDER)
