@@ -94,6 +94,14 @@ class Group:
       client.key_value_set(key, value)
     return client.blocking_key_value_get(key, JOIN_TIMEOUT * 1000)
 
+  def shared_fault(self, fault: str | None) -> str | None:
+    """A fault that some process has found, told to all; every process calls it once."""
+    client, folder = _client(), "deepseek_jax/faults/"
+    if fault:
+      client.key_value_set(f"{folder}{self.process}", fault)
+    _wait("faults")
+    return min((line for _, line in client.key_value_dir_get(folder)), default=None)
+
   def explain_loss(self, error: BaseException) -> str | None:
     """One line about an error that a lost process has caused; None about others."""
     if not is_loss(error):

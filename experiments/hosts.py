@@ -64,22 +64,24 @@ def join(job: str) -> "Group | None":
 
 
 def check_same(config: Config, group: "Group") -> None:
-  """Refuses to run a process with other settings than process 0.
+  """Refuses, in all processes, to run one with other settings than process 0.
 
   Raises:
     ValueError: they differ; the settings are named.
   """
-  ours = to_dict(config)
-  theirs = json.loads(group.value_of_first("config", json.dumps(ours)))
-  # Tuples have become lists.
-  old, new = flatten(theirs), flatten(json.loads(json.dumps(ours)))
+  ours = json.dumps(to_dict(config))
+  theirs = group.value_of_first("config", ours)
+  old, new = flatten(json.loads(theirs)), flatten(json.loads(ours))
   differing = [
-    f"{key} is {old.get(key)!r} in process 0 and {new.get(key)!r} here"
+    f"{key} is {old.get(key)!r} in process 0 and {new.get(key)!r} there"
     for key in sorted(old.keys() | new.keys())
     if old.get(key) != new.get(key)
   ]
-  if differing:
-    raise ValueError(
-      f"process {group.process} has other settings: {'; '.join(differing)}: give all "
-      "processes the same command"
-    )
+  fault = group.shared_fault(
+    f"process {group.process} has other settings: {'; '.join(differing)}: give all "
+    "processes the same command"
+    if differing
+    else None
+  )
+  if fault:
+    raise ValueError(fault)
