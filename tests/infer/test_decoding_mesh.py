@@ -96,12 +96,13 @@ def test_greedy_tokens_are_those_of_one_device(poisoned, sizes):
 def test_fp8_is_greedy_without_cache_and_the_same_on_a_mesh():
   plain = models()["any"]
   model = in_fp8(plain)
+  stored = {x.dtype.name for x in jax.tree.leaves(model.moe_blocks.ffn.experts)}
+  assert stored == {"float8_e4m3fn", "float32"}  # codes and scales
   rows = generate(model, run_config(YARN), PROMPTS, max_new_tokens=NEW)
   texts = np.zeros((len(PROMPTS), 32), np.int32)
   for text, prompt, row in zip(texts, PROMPTS, rows):
     text[: len(prompt) + NEW] = [*prompt, *row]
-  logits, high = (np.asarray(full_forward(m, texts)) for m in (model, plain))
-  assert 0.01 < abs(logits - high).mean() / abs(high).mean() < 0.5  # it is FP8
+  logits = np.asarray(full_forward(model, texts))
   for logit, prompt, row in zip(logits, PROMPTS, rows):
     chosen = logit[len(prompt) - 1 : len(prompt) - 1 + NEW].argmax(-1)
     assert row == chosen.tolist()
