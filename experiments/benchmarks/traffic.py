@@ -25,7 +25,7 @@ COMBINE_BYTES = 2 * 7168  # BF16
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
   parser.add_argument("--nodes", type=int, default=8)
   parser.add_argument("--gpus", type=int, default=8, help="of a node")
   parser.add_argument("--tokens", type=int, default=512, help="of a GPU")
@@ -74,10 +74,10 @@ def copies(experts_MA, nodes: int, expert: int, gpus: int) -> tuple[float, float
     return sent[across].sum() / len(experts_MA), sent[inside].sum() / len(experts_MA)
   # Rank (node, gpu) reports its gpu's line of nodes and its node's line of GPUs.
   across, within = lines[0][:expert], lines[1][::expert]
-  return tuple(
-    sum(line.sum() - np.trace(line) for line in part) / len(experts_MA)
-    for part in (across, within)
+  between, inside = (
+    sum(line.sum() - np.trace(line) for line in part) for part in (across, within)
   )
+  return between / len(experts_MA), inside / len(experts_MA)
 
 
 if __name__ == "__main__":
