@@ -20,6 +20,7 @@ import contextlib
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -114,16 +115,20 @@ class Group:
     jax.distributed.shutdown()
     self._words.close()
 
-  def abandon(self, code: int, wait: int = 0) -> NoReturn:
-    """Ends this process, which has said why, without its share in the run's end.
+  def abandon(self, line: str, code: int, wait: int = 0) -> NoReturn:
+    """Ends this process without its share in the run's end; `line` is its last word.
 
-    For `wait` seconds it stays if the others do not end as well: with process 0 the
-    service goes, and they could not say what they have to say.
+    For `wait` seconds it stays if the others do not end as well, and process 0 goes
+    last: with it goes the service, and they could not say what they have to say.
     """
-    self._words.close()
+    try:
+      self._words.set(line)
+    except OSError:  # the companion is gone
+      print(f"error: {line}", file=sys.stderr)
     if wait:
       with contextlib.suppress(RuntimeError):
         _client().wait_at_barrier("deepseek_jax/abandoned", wait * 1000)
+        time.sleep(0 if self.process else 1)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # what runs at exit would wait for all processes

@@ -74,7 +74,7 @@ def main(_: Sequence[str]) -> None:
     if group is None:
       raise
     traceback.print_exc()
-    group.abandon(1)
+    group.abandon("", 1)
 
 
 def _read_command() -> tuple[Config, str]:
@@ -172,9 +172,9 @@ def _stop(
 ) -> NoReturn:
   """Ends the program with one line on stderr."""
   sys.stdout.flush()
-  print(f"error: {line}", file=sys.stderr)
   if group:
-    group.abandon(code, wait=0 if lost else 5)
+    group.abandon(line, code, wait=0 if lost else 5)
+  print(f"error: {line}", file=sys.stderr)
   sys.exit(code)
 
 
