@@ -32,7 +32,7 @@ demo: env
 
 # A file's tests stay together: they share compiled programs and finished runs.
 test: env
-	@$(python) -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+	@$(python) -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: env
 	@$(python) -m ruff format --check .

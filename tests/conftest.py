@@ -43,6 +43,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  # Long files first, so that no worker is left with one while the others are done.
+  items.sort(key=lambda item: "/train/" not in (path := str(item.path)) and
+             "/experiments/" not in path)  # fmt: skip
   gpu_items = [item for item in items if item.get_closest_marker("gpu")]
   if gpu_items and jax.default_backend() != "gpu":
     for item in gpu_items:

@@ -99,7 +99,7 @@ def test_compiles_for_tpu_topologies(topology):
   """Training with gradients, FP8 codes with scales, and decoding, at V3's width; a mesh
   of TPUs picks the TPU's kernel by itself."""
   devices = tpu_topology.devices(topology)
-  ranks, tokens = 4, 512
+  ranks, tokens = 4, 64
   mesh = Mesh(np.array(devices[:ranks]), (AXIS,))
 
   def step(x, codes, scales, experts):
