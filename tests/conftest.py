@@ -24,6 +24,8 @@ if not Path("/dev/nvidiactl").exists():
 import jax
 import pytest
 
+LONG = ("experiments", "train")  # folders of the files that take longest
+
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
   jax.config.update("jax_num_cpu_devices", 8)
 
@@ -44,8 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   # Long files first, so that no worker is left with one while the others are done.
-  items.sort(key=lambda item: "/train/" not in (path := str(item.path)) and
-             "/experiments/" not in path)  # fmt: skip
+  items.sort(key=lambda item: item.path.parent.name not in LONG)
   gpu_items = [item for item in items if item.get_closest_marker("gpu")]
   if gpu_items and jax.default_backend() != "gpu":
     for item in gpu_items:
