@@ -24,10 +24,17 @@ if not Path("/dev/nvidiactl").exists():
 import jax
 import pytest
 
+HAS_GPU = Path("/dev/nvidiactl").exists()
 LONG = ("experiments", "train")  # folders of the files that take longest
 
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
   jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+  """One worker on a GPU, whose memory each would take most of; None: one a core."""
+  return 1 if HAS_GPU and os.environ.get("JAX_PLATFORMS") != "cpu" else None
 
 
 def pytest_configure(config: pytest.Config) -> None:
