@@ -84,7 +84,7 @@ def main():
   parser.add_argument("--tiny", action="store_true", help="small, to try the command")
   parser.add_argument("--runs", type=int, default=10, help="runs behind a median")
   parser.add_argument("--calls", type=int, default=5, help="calls queued in a run")
-  parser.add_argument("--profile", help="folder for a profile of a few FP8 calls")
+  parser.add_argument("--profile", help="folder for profiles of a few calls")
   flags = parser.parse_args()
   config, layer, x, dy = make_layer(flags)
   print(
@@ -102,6 +102,10 @@ def main():
     args = weights, x, dy
     y, (_, dx) = jax.block_until_ready(run(*args))
     outputs[name] = y, dx
+    if flags.profile:
+      with jax.profiler.trace(f"{flags.profile}/{name}"):
+        for _ in range(3):
+          jax.block_until_ready(run(*args))
     time_s = seconds(run, args, flags)
     print(
       f"  {name:5s} {time_s * 1e3:8.3f} ms  {flop / time_s / 1e12:7.1f} TFLOP/s",
@@ -109,10 +113,6 @@ def main():
     )
   for name, a, b in zip(("y", "dx"), *outputs.values()):
     print(f"  calc_diff of {name}, FP8 against BF16: {calc_diff(a, b):.2e}", flush=True)
-  if flags.profile:
-    with jax.profiler.trace(flags.profile):
-      for _ in range(3):
-        jax.block_until_ready(run(fp8, x, dy))
 
 
 if __name__ == "__main__":
