@@ -131,7 +131,7 @@ def _fp8_backward(recipe, residuals, dy_MD):
     gates_Z,
     plan.group_sizes_E,
     codes,
-    (dy_rows, recipe.tile_again(dy_rows)),
+    (dy_rows, recipe.tile_again(dy_rows, gradient=True)),
     recipe,
     dy_MD.dtype,
   )

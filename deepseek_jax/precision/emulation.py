@@ -6,6 +6,9 @@ section 3.3.2, figure 7b). Left out: rounding inside the tensor core's 128 promo
 products, and without promotion that of single products when an instruction aligns
 them, so that what is lost here is a little less than on the hardware.
 
+On a Hopper GPU the products are those of its kernels, see hopper.py; the rest of the
+emulated recipe stays plain JAX.
+
 Shape suffixes: M rows, K contraction, N output, I and J outputs of a weight gradient,
 E experts, G groups of capacity C, R rows of one tile; a lower-case letter is that
 dimension divided by 128.
@@ -17,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from deepseek_jax.precision import hopper
 from kernels_pallas.fp8_matmul.reference import (
   dequantize_blocks,
   dequantize_tiles,
@@ -34,6 +38,8 @@ def multiply(
   promotion: bool,
 ) -> jax.Array:
   """a b^T in FP32: rows [M, K] times a weight [N, K], or by groups [E, N, K]."""
+  if hopper.can_multiply(*b[0].shape[-2:]):
+    return hopper.multiply(a, b, group_sizes_E, promotion)
   product = _dot if promotion else _dot_14_bit
   a_MK = dequantize_tiles(*a)
   if group_sizes_E is None:
@@ -73,6 +79,8 @@ def weight_gradient(
   promotion: bool,
 ) -> jax.Array:
   """a b^T over tokens in FP32: [I, M], [J, M] to [I, J], or by groups [E, I, J]."""
+  if hopper.can_multiply(len(a[0]), len(b[0])):
+    return hopper.weight_gradient(a, b, group_sizes_E, promotion)
   a_IM, b_JM = dequantize_tiles(*a), dequantize_tiles(*b)
   if group_sizes_E is None:
     return (_dot if promotion else _dot_14_bit)(a_IM, b_JM)

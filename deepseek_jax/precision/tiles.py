@@ -115,12 +115,16 @@ class Recipe:
       dy_MN, power_of_two=True, dtype=dtype, impl=self.quantizer
     )
 
-  def tile_again(self, rows: Tiled) -> Tiled:
-    """Columns of what was kept or sent as rows, in the same FP8 format."""
+  def tile_again(self, rows: Tiled, gradient: bool = False) -> Tiled:
+    """Columns of what was kept or sent as rows, in the same FP8 format.
+
+    Args:
+      gradient: whether it came from `gradient_rows`.
+    """
     c, dtype = self.config, rows[0].dtype
     if c.scales == "tensor":
       return _whole(quantize.dequantize_rows(*rows).T, dtype)
-    if c.gradient_tiles == "128x128" and self.emulated:
+    if c.gradient_tiles == "128x128" and gradient:
       return _blocks(quantize.dequantize_rows(*rows).T, dtype)
     return quantize.requantize_columns(
       *rows, power_of_two=True, dtype=dtype, impl=self.quantizer

@@ -4,7 +4,8 @@ Dense and grouped products are one: a block of 128 rows has one group, and so on
 matrix; the dense product is the case of one group.
 
 Shapes: M rows (tokens), K contraction, N output, E groups; I and J the two outputs of
-a weight gradient; a lower-case letter is that dimension / 128, rounded up.
+a weight gradient; a lower-case letter is that dimension / 128, rounded up. `sum_bits`
+is as persistent.run has it.
 """
 
 import jax
@@ -37,6 +38,7 @@ def multiply(
   out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
   num_sms: int | None = None,
   tiling: Tiling | None = None,
+  sum_bits: int | None = None,
   interpret=None,
 ) -> jax.Array:
   """Each row times its block's matrix; blocks_2m as multiply_groups has it."""
@@ -51,6 +53,7 @@ def multiply(
     out_dtype=out_dtype,
     num_sms=num_sms,
     tiling=tiling,
+    sum_bits=sum_bits,
     interpret=interpret,
   )
   return c_1MN[0, :rows] if pad else c_1MN[0]
@@ -66,6 +69,7 @@ def multiply_groups(
   out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
   num_sms: int | None = None,
   tiling: Tiling | None = None,
+  sum_bits: int | None = None,
   interpret=None,
 ) -> jax.Array:
   """Each row times its block's matrix, [G, C, N].
@@ -126,6 +130,7 @@ def multiply_groups(
     t,
     scale_each_column=False,
     num_sms=num_sms,
+    sum_bits=sum_bits,
     swizzle=BLOCK if depth % BLOCK == 0 else BLOCK // 2,
     interpret=interpret,
   )
@@ -144,6 +149,7 @@ def multiply_tokens(
   *,
   num_sms: int | None = None,
   tiling: Tiling | None = None,
+  sum_bits: int | None = None,
   interpret=None,
 ) -> jax.Array:
   """The weight gradient, FP32 [E, I, J]: a b^T over each group's tokens.
@@ -192,6 +198,7 @@ def multiply_tokens(
     scale_each_column=True,
     add_to=c_EIJ,
     num_sms=num_sms,
+    sum_bits=sum_bits,
     interpret=interpret,
   )
   a_IM, b_JM = _pad_last(a_IM), _pad_last(b_JM)

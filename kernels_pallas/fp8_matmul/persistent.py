@@ -84,6 +84,7 @@ def run(
   add_to: jax.Array | None = None,
   num_sms: int | None = None,
   swizzle: int = 128,
+  sum_bits: int | None = None,
   interpret=None,
 ) -> Callable[..., jax.Array]:
   """A function of the operands that fills `out` tile by tile.
@@ -96,11 +97,13 @@ def run(
     add_to: an array that the product is added to in place, instead of a new one.
     num_sms: multiprocessors to use, None for all.
     swizzle: bytes; must divide the contracted dimension.
+    sum_bits: significant bits that sums keep from one promotion to the next, None for
+      all of FP32's. 14 emulates what the tensor cores do without promotion.
   """
 
   def body(*refs, out_smem, **ring):
     *refs, out_ref = refs
-    ring = Ring(t=t, **ring)
+    ring = Ring(t=t, sum_bits=sum_bits, **ring)
     rank = lax.axis_index("pair") if t.share else 0
     warpgroup = lax.axis_index("warpgroup")
 

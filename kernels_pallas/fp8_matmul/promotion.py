@@ -9,6 +9,8 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -29,6 +31,7 @@ class Ring:
   filled: Any
   free: Any
   sb: Any = None
+  sum_bits: int | None = None  # that sums keep, None for all of FP32's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Part:
         sb = plgpu.load(ring.sb.at[slot, pl.ds(i * width, width)], layout=_BY_COLUMN)
         part = part * lax.broadcast_in_dim(sb, shape, (1,))
         part = part * lax.broadcast_in_dim(sa, shape, (0,))
-      new[i] = sums[i] + part
+      new[i] = _add(sums[i], part, ring.sum_bits)
     if last and ring.sb is not None:
       if ring.t.share:
         # To a cluster one thread reports for all: wait until all have read.
@@ -93,6 +96,23 @@ class Part:
       product = pl.run_scoped(multiply, _accumulator(fresh))
       sums = self.promote(product, k, scales, sums, at, at + fresh == columns)
     return sums
+
+
+def _add(sums: jax.Array, part: jax.Array, bits: int | None) -> jax.Array:
+  """The sum; with `bits`, of terms cut to so many bits of the larger one's exponent.
+
+  That is how the tensor cores align what they add, see `reference.multiply_14_bit`.
+  """
+  if bits is None:
+    return sums + part
+  largest = jnp.maximum(jnp.abs(sums), jnp.abs(part))
+  exponent = lax.bitcast_convert_type(largest, jnp.int32) & 0x7F800000
+  power = lax.bitcast_convert_type(exponent, jnp.float32)  # at or below the largest
+  inverse = lax.bitcast_convert_type(0x7F000000 - exponent, jnp.float32)
+  whole = 2.0 ** (bits - 1)
+  units = [(x * inverse * whole).astype(jnp.int32) for x in (sums, part)]
+  cut = (units[0] + units[1]).astype(jnp.float32) * (power * (1 / whole))
+  return jnp.where(largest < jnp.inf, cut, sums + part)  # NaN stays NaN
 
 
 def _accumulator(columns: int):

@@ -1,6 +1,6 @@
 """Grouped FP8 products on NVIDIA Hopper: `fp8_matmul`'s kernel with tables of groups.
 
-Shapes: as fp8.py.
+Shapes: as fp8.py. `sum_bits` is as `fp8_matmul.persistent.run` has it.
 """
 
 import jax
@@ -28,13 +28,21 @@ def multiply(
   out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
   num_sms: int | None = None,
   tiling: Tiling | None = None,
+  sum_bits: int | None = None,
   interpret=None,
 ) -> jax.Array:
   """Each row times its group's matrix, [Z, N]; 0 in rows of no group."""
   blocks_1m = schedule.contiguous(sizes_E, a_ZK.shape[0])
   options = {"out_dtype": out_dtype, "num_sms": num_sms, "tiling": tiling}
   return gpu.multiply(
-    a_ZK, sa_kZ, b_ENK, sb_Enk, blocks_1m, interpret=interpret, **options
+    a_ZK,
+    sa_kZ,
+    b_ENK,
+    sb_Enk,
+    blocks_1m,
+    sum_bits=sum_bits,
+    interpret=interpret,
+    **options,
   )
 
 
@@ -48,12 +56,21 @@ def multiply_rows(
   *,
   num_sms: int | None = None,
   tiling: Tiling | None = None,
+  sum_bits: int | None = None,
   interpret=None,
 ) -> jax.Array:
   """a b^T over each group's rows, FP32 [E, I, J], added to c."""
   spans_2E, options = schedule.spans(sizes_E), {"num_sms": num_sms, "tiling": tiling}
   return gpu.multiply_tokens(
-    a_IZ, sa_zI, b_JZ, sb_zJ, spans_2E, c_EIJ, interpret=interpret, **options
+    a_IZ,
+    sa_zI,
+    b_JZ,
+    sb_zJ,
+    spans_2E,
+    c_EIJ,
+    sum_bits=sum_bits,
+    interpret=interpret,
+    **options,
   )
 
 
