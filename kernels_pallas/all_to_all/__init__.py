@@ -53,6 +53,7 @@ __all__ = [
   "plan_experts",
   "plan_ranks",
   "send_rows",
+  "sum_copies",
 ]
 
 _BY_PLATFORM = {"cpu": "reference", "gpu": "gpu", "tpu": "tpu"}
@@ -140,9 +141,7 @@ def combine(values: Any, route: Route, impl: str | None = None) -> Any:
   Returns:
     `values` with M rows for C, summed in FP32, in the dtypes of `values`.
   """
-  return jax.tree.map(
-    functools.partial(_sum_copies, route=route), bring_home(values, route, impl)
-  )
+  return sum_copies(bring_home(values, route, impl), route)
 
 
 def bring_home(values: Any, route: Route, impl: str | None = None) -> Any:
@@ -159,6 +158,11 @@ def bring_home(values: Any, route: Route, impl: str | None = None) -> Any:
     impl=impl,
   )
   return jax.tree.unflatten(tree, home)
+
+
+def sum_copies(values: Any, route: Route) -> Any:
+  """What `combine` does with rows that are home: arrays of M rows."""
+  return jax.tree.map(functools.partial(_sum_copies, route=route), values)
 
 
 def _sum_copies(home: jax.Array, *, route: Route) -> jax.Array:

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.fp8_matmul import tilings
-from kernels_pallas.fp8_matmul.persistent import BLOCK, ROWS, Tile, Tiling, granule, run
+from kernels_pallas.fp8_matmul.persistent import BLOCK, Tile, Tiling, granule, run
 
 _TMA_ROWS = 8  # a tile of TMA's; fewer rows than one are fine too
 _TMA_TOKENS = 128
@@ -82,10 +82,12 @@ def multiply_groups(
   """
   (pieces, rows, depth), (experts, columns) = a_GCK.shape, b_ENK.shape[:2]
   t = tiling or tilings.forward(pieces * rows, columns, depth, blocks_2m is not None)
-  if blocks_2m is not None and t.share == "b":
-    raise ValueError("blocks of rows have matrices of their own: share='a' or ''")
+  if blocks_2m is not None and (t.share == "b" or t.warpgroups > 2):
+    raise ValueError(
+      f"128 rows have one matrix: share='a' or '', 2 warpgroups, got {t}"
+    )
   tall, wide = t.pair
-  per_piece = pl.cdiv(rows, ROWS)
+  per_piece = pl.cdiv(rows, t.rows)
   masked = blocks_2m is not None and blocks_2m.shape[0] == 2
   grid = pl.cdiv(pieces * per_piece, tall), pl.cdiv(columns, t.columns * wide)
   width, last_scale = granule(t.columns), sb_Enk.shape[1] - 1
@@ -102,7 +104,7 @@ def multiply_groups(
       # A block of no group takes no steps, so its product stays 0, nothing is read.
       steps = jnp.where(group < experts, steps, 0)
     piece, row = lax.div(row, per_piece), lax.rem(row, per_piece)
-    at_rows = pl.ds(row * ROWS, ROWS)
+    at_rows = pl.ds(row * t.rows, t.rows)
     at_columns = pl.ds(column * t.columns, t.columns)
 
     def operands(k):
@@ -163,7 +165,7 @@ def multiply_tokens(
   experts = 1 if spans_2E is None else spans_2E.shape[1]
   t = tiling or tilings.weight_gradient(i_size, j_size, tokens)
   tall, wide = t.pair
-  grid = pl.cdiv(i_size, ROWS * tall), pl.cdiv(j_size, t.columns * wide)
+  grid = pl.cdiv(i_size, t.rows * tall), pl.cdiv(j_size, t.columns * wide)
 
   def tile(i, rank, *refs):
     *span_refs, a_ref, sa_ref, b_ref, sb_ref, c_ref = refs
@@ -175,7 +177,7 @@ def multiply_tokens(
     if span_refs:
       start = lax.div(span_refs[0][0, expert], BLOCK)
       steps = lax.div(span_refs[0][1, expert], BLOCK)
-    at_rows = pl.ds(row * ROWS, ROWS)
+    at_rows = pl.ds(row * t.rows, t.rows)
     at_columns = pl.ds(column * t.columns, t.columns)
 
     def operands(k):

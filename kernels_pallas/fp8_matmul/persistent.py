@@ -1,8 +1,8 @@
 """The persistent FP8 kernel for NVIDIA Hopper, of the dense and grouped products.
 
-A thread block (or a cluster of two) walks over tiles of the output. Its third
-warpgroup copies operands and their scales into a ring of shared memory by TMA, running
-ahead into the next tile; the other two multiply 64 of the tile's 128 rows each.
+A thread block (or a cluster of two) walks over tiles of the output. Its last warpgroup
+copies operands and their scales into a ring of shared memory by TMA, running ahead into
+the next tile; the other two or three multiply 64 of the tile's rows each.
 Promotion is DeepSeek's (DeepSeek-V3 report, section 3.3.2; DeepGEMM): 128 of the
 contraction go through the tensor cores into a fresh accumulator, which is then scaled
 and added to sums in FP32 registers. While one warpgroup promotes, the other's products
@@ -28,13 +28,12 @@ from kernels_pallas.fp8_matmul.promotion import WARPGROUP_ROWS, Part, Ring
 from kernels_pallas.hopper import streaming_multiprocessors, swizzled
 
 BLOCK = 128  # of the contraction: one scale, one promotion
-ROWS = 128  # of a tile of the output
 _SCALES_AT_ONCE = 32  # of columns, so that they fit in registers beside the sums
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-  """How one product is cut; a tile of the output is 128 x `columns`.
+  """How one product is cut; a tile of the output is `rows` x `columns`.
 
   Attributes:
     columns: a multiple of 8 up to 256 that divides 128, or a multiple of 64.
@@ -43,6 +42,8 @@ class Tiling:
     share: the operand that a cluster of two thread blocks shares: "a" (two tiles
       side by side), "b" (one above the other) or "" for no cluster.
     fresh: columns of one fresh accumulator; 0 for all of the tile's.
+    warpgroups: that multiply, 2 or 3, 64 rows of a tile each. With three, two have
+      products in the tensor cores' queue while one promotes, but fewer registers.
   """
 
   columns: int = 128
@@ -50,6 +51,19 @@ class Tiling:
   snake: int = 16
   share: str = ""
   fresh: int = 0
+  warpgroups: int = 2
+
+  @property
+  def rows(self) -> int:
+    return WARPGROUP_ROWS * self.warpgroups
+
+  @property
+  def registers(self) -> tuple[int, int]:
+    """Of a thread that copies and of one that multiplies: all that there are.
+
+    With one more in sum the increase never returns.
+    """
+    return (40, 232) if self.warpgroups == 2 else (32, 160)
 
   @property
   def pair(self) -> tuple[int, int]:
@@ -62,10 +76,10 @@ class Tile:
   """What a tile of the output needs, as views of global memory for step k."""
 
   steps: Any
-  operands: Callable[[Any], tuple[Any, Any]]  # a [128, 128], b [columns, 128]
-  row_scales: Callable[[Any], Any]  # [128]
+  operands: Callable[[Any], tuple[Any, Any]]  # a [rows, 128], b [columns, 128]
+  row_scales: Callable[[Any], Any]  # [rows]
   column_scales: Callable[[Any], Any]  # a view [columns], or scalars a granule each
-  out: Any  # [128, columns]
+  out: Any  # [rows, columns]
   rows: Any = None  # of the tile that hold data, None for all
 
 
@@ -110,15 +124,14 @@ def run(
     def describe(i):
       return tile(i, rank, *refs, out_ref)
 
-    # All registers: 40 + 2 x 232 = 3 x 168. One more and the increase never returns.
-    @pl.when(warpgroup == 2)
+    @pl.when(warpgroup == t.warpgroups)
     def copy():
-      plgpu.set_max_registers(40, action="decrease")
+      plgpu.set_max_registers(t.registers[0], action="decrease")
       _copy_operands(describe, tiles, ring, scale_each_column)
 
-    @pl.when(warpgroup < 2)
+    @pl.when(warpgroup < t.warpgroups)
     def multiply():
-      plgpu.set_max_registers(232, action="increase")
+      plgpu.set_max_registers(t.registers[1], action="increase")
       store = functools.partial(
         _store, smem=out_smem.at[warpgroup], add=add_to is not None
       )
@@ -130,7 +143,7 @@ def run(
     grid_names=("sm",),
     cluster=(2,) if t.share else (),
     cluster_names=("pair",) if t.share else (),
-    num_threads=3,
+    num_threads=t.warpgroups + 1,
     thread_name="warpgroup",
   )
   kernel: Any = functools.partial(
@@ -169,12 +182,12 @@ def _scratch(
   if t.share:
     free = functools.partial(plgpu.ClusterBarrier, collective_axes=("pair",))
   scratch = {
-    "a": swizzled((t.stages, ROWS, BLOCK), jnp.float8_e4m3fn, swizzle),
+    "a": swizzled((t.stages, t.rows, BLOCK), jnp.float8_e4m3fn, swizzle),
     "b": swizzled((t.stages, t.columns, BLOCK), jnp.float8_e4m3fn, swizzle),
-    "sa": plgpu.SMEM((t.stages, ROWS), jnp.float32),
-    "out_smem": swizzled((2, 2, WARPGROUP_ROWS, columns), out_dtype, bytes_),
+    "sa": plgpu.SMEM((t.stages, t.rows), jnp.float32),
+    "out_smem": swizzled((t.warpgroups, 2, WARPGROUP_ROWS, columns), out_dtype, bytes_),
     "filled": plgpu.Barrier(num_arrivals=copies, num_barriers=t.stages),
-    "free": free(num_arrivals=2, num_barriers=t.stages),  # two warpgroups
+    "free": free(num_arrivals=t.warpgroups, num_barriers=t.stages),
   }
   if scale_each_column:
     scratch["sb"] = plgpu.SMEM((t.stages, t.columns), jnp.float32)

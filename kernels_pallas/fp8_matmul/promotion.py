@@ -46,12 +46,14 @@ class Part:
   def slot(self, k):
     return lax.rem(self.first + k, self.ring.t.stages)
 
-  def scales(self, k):
-    """Waits for step k's operands and reads its scales."""
-    ring, slot = self.ring, self.slot(k)
-    scalars = () if ring.sb is not None else tuple(self.work.column_scales(k))
-    plgpu.barrier_wait(ring.filled.at[slot])
-    return plgpu.load(ring.sa.at[slot, self.mine], layout=_BY_ROW), scalars
+  def wait(self, k):
+    """Waits for step k; the scales of its columns, where they are scalars."""
+    scalars = () if self.ring.sb is not None else tuple(self.work.column_scales(k))
+    plgpu.barrier_wait(self.ring.filled.at[self.slot(k)])
+    return scalars
+
+  def row_scales(self, k):
+    return plgpu.load(self.ring.sa.at[self.slot(k), self.mine], layout=_BY_ROW)
 
   def start(self, acc, k, columns):
     """Queues 128 of the contraction on the tensor cores."""
@@ -85,16 +87,20 @@ class Part:
 
   def add_step(self, k, sums):
     """One step by itself: multiply, wait, promote."""
-    columns, scales = self.ring.t.columns, self.scales(k)
-    fresh = self.ring.t.fresh or columns
+    ring, columns, scalars = self.ring, self.ring.t.columns, self.wait(k)
+    fresh = ring.t.fresh or columns
+    # To a cluster one warp reports for all, so all read before the tensor cores begin.
+    sa = self.row_scales(k) if ring.t.share else None
     for at in range(0, columns, fresh):
 
-      def multiply(acc, at=at):
+      def multiply(acc, at=at, sa=sa):
         self.start(acc, k, pl.ds(at, fresh))
-        return acc[...]
+        sa = self.row_scales(k) if sa is None else sa  # beside the product
+        return sa, acc[...]
 
-      product = pl.run_scoped(multiply, _accumulator(fresh))
-      sums = self.promote(product, k, scales, sums, at, at + fresh == columns)
+      sa, product = pl.run_scoped(multiply, _accumulator(fresh))
+      last = at + fresh == columns
+      sums = self.promote(product, k, (sa, scalars), sums, at, last)
     return sums
 
 

@@ -9,10 +9,12 @@ tile.
 
 import math
 
-from kernels_pallas.fp8_matmul.persistent import ROWS, Tiling
+from kernels_pallas.fp8_matmul.persistent import Tiling
 
 _SMS = 132
+_SMALL_ROWS = 256
 _SMALL = Tiling(columns=128, stages=5)
+_NARROW = Tiling(columns=64, stages=7)
 _UNEVEN = Tiling(columns=192, stages=4)
 _UNEVEN_PAIR = Tiling(columns=192, stages=4, share="a")
 _WIDE_PAIR = Tiling(columns=256, stages=4, fresh=128, share="a")
@@ -29,10 +31,12 @@ WEIGHT_GRADIENT = {(4096, 7168, 4096): _UNEVEN}
 
 def forward(rows: int, columns: int, depth: int, grouped: bool) -> Tiling:
   """For activations times weights; grouped rows have several matrices."""
+  if columns == _NARROW.columns:  # a wider tile's last store would miss and overwrite
+    return _NARROW
   found = FORWARD.get((rows, columns, depth))
   if found and not grouped:
     return found
-  if rows <= 2 * ROWS:
+  if rows <= _SMALL_ROWS:
     return _narrow(rows, columns)
   if depth <= 512:  # little but stores: two multiprocessors with less to write each
     return _UNEVEN_PAIR
@@ -50,7 +54,7 @@ def _fastest(rows: int, columns: int, choices: dict[Tiling, float]) -> Tiling:
 
   def cost(t: Tiling) -> float:
     _, wide = t.pair
-    tiles = math.ceil(rows / ROWS) * math.ceil(columns / (t.columns * wide))
+    tiles = math.ceil(rows / t.rows) * math.ceil(columns / (t.columns * wide))
     return math.ceil(tiles * wide / _SMS) * t.columns * choices[t]
 
   return min(choices, key=cost)
@@ -59,6 +63,7 @@ def _fastest(rows: int, columns: int, choices: dict[Tiling, float]) -> Tiling:
 def _narrow(rows: int, columns: int) -> Tiling:
   """Few rows: narrow tiles, so that every multiprocessor fetches weights."""
   for width, stages in ((128, 5), (64, 7)):
-    if math.ceil(rows / ROWS) * math.ceil(columns / width) >= _SMS:
-      return Tiling(columns=width, stages=stages, snake=1)
+    t = Tiling(columns=width, stages=stages, snake=1)
+    if math.ceil(rows / t.rows) * math.ceil(columns / width) >= _SMS:
+      return t
   return Tiling(columns=32, stages=8, snake=1)

@@ -43,6 +43,11 @@ class Tiling:
   rows: int = 2 * _WARPGROUP_ROWS
 
 
+def _tiling(columns: int) -> Tiling:
+  """A wider tile than the output of 64 columns would overwrite them: see `_store`."""
+  return Tiling(columns=64) if columns == 64 else Tiling()
+
+
 def unsupported(dtype: jax.typing.DTypeLike, d: int, f: int) -> str | None:
   """Why these kernels cannot multiply so, or None when they can."""
   if dtype != jnp.bfloat16:
@@ -82,7 +87,7 @@ def multiply_masked(
 
 def _multiply_blocks(x_GCD, w_EDF, blocks, transpose_w, num_sms, tiling, interpret):
   """Blocks of 128 rows times the matrices that the table `blocks` names."""
-  t = tiling or Tiling()
+  t = tiling or _tiling(w_EDF.shape[1 if transpose_w else 2])
   groups, rows, depth = x_GCD.shape
   experts, columns = w_EDF.shape[0], w_EDF.shape[1 if transpose_w else 2]
   per_group = pl.cdiv(rows, t.rows)
@@ -127,7 +132,7 @@ def multiply_rows(
 
   Where `add_to` is given, of that dtype, it is added to, in place if its owner lets go.
   """
-  t = tiling or Tiling()
+  t = tiling or _tiling(dy_ZF.shape[1])
   experts, d, f = sizes_E.shape[0], x_ZD.shape[1], dy_ZF.shape[1]
   grid = pl.cdiv(d, t.rows), pl.cdiv(f, t.columns)
 
@@ -315,7 +320,11 @@ def _copy_operands(describe, tiles, ring):
 
 
 def _store(product, smem, out_tile, add):
-  """Casts and stores a warpgroup's product through two slots of shared memory."""
+  """Casts and stores a warpgroup's product through two slots of shared memory.
+
+  An output of as many columns as one slot has no coordinate for them, so that what lies
+  beyond them would be stored upon them: its tiles are no wider.
+  """
   columns = smem.shape[-1]
   for i in range(product.shape[1] // columns):
     at_columns = slice(i * columns, (i + 1) * columns)

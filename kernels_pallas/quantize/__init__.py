@@ -39,9 +39,7 @@ dtype do not suit that):
 | tpu | TPU | a Pallas kernel for rows, columns and both |
 
 The rest is left to XLA, as is what `unsupported` of a kernel's module refuses: `gpu`
-FP32 and dimensions that are no multiples of 64, `tpu` those that are none of 128. What
-reads codes (requantize_columns, SwiGLU of h in FP8) takes the GPU's kernel only where
-that is named: it has been interpreted and lowered, but not timed.
+FP32 and dimensions that are no multiples of 64, `tpu` those that are none of 128.
 
 Shapes: M rows, K columns, E experts, N columns of a weight, Z dispatched rows, F
 hidden; a lower-case letter is that dimension divided by 128, rounded up; P = 3 K / 8.
@@ -326,8 +324,6 @@ def _implementation(
   else:
     return reference
   reason = kernels.unsupported(*matrices, **needs)
-  if impl is None and any(x.dtype.itemsize == 1 for x in matrices):
-    reason = "reads codes only when named"  # until that has been timed
   if reason is None:
     return kernels
   if impl is None:

@@ -37,6 +37,8 @@ TILINGS = [
   Tiling(columns=256, stages=4, fresh=128, share="b"),
   Tiling(columns=64, stages=7, share="a"),
   Tiling(columns=32, stages=8),
+  Tiling(stages=4, warpgroups=3),
+  Tiling(stages=4, share="a", warpgroups=3),
 ]
 # V3's (N, K), every one lowered.
 V3_SHAPES = [
@@ -158,7 +160,9 @@ def test_gpu_kernel_interpreted():
 def test_gpu_weight_gradient_interpreted():
   quantized = token_inputs(192, 128, 200)
   interpret = plgpu.InterpretGPUParams()
-  got = gpu.multiply_tokens(*quantized, tiling=Tiling(stages=2), interpret=interpret)
+  got = gpu.multiply_tokens(
+    *quantized, tiling=Tiling(stages=2, warpgroups=3), interpret=interpret
+  )
   assert_product(got[0], *quantized, "interpreted", weights=False)
 
 

@@ -125,6 +125,12 @@ def test_padding_is_never_read(impl):
     np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
 
 
+@pytest.mark.parametrize("impl", IMPLS[:3])
+def test_64_columns(impl):
+  args = inputs([2, 0, 1], 1, gm.row_multiple(impl), 64, 64, jnp.bfloat16)
+  assert_products(value_and_gradients(impl, *args), *args, [jnp.bfloat16] * 3)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_dw_in_fp32_keeps_what_bf16_rounds_away(impl):
   d, f = dims(impl)
