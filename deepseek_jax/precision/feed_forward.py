@@ -61,6 +61,7 @@ def expert_feed_forward(
   group_sizes_E: jax.Array,
   w13_ED2F: jax.Array | Fp8Weight,
   w2_EFD: jax.Array | Fp8Weight,
+  num_sms: int | None = None,
 ) -> jax.Array:
   """Each group of rows through its own expert, times its gate.
 
@@ -69,15 +70,17 @@ def expert_feed_forward(
     gates_Z: FP32 weights.
     group_sizes_E: int32 rows of each group, padding included.
     w13_ED2F, w2_EFD: the experts' weights.
+    num_sms: as `grouped_matmul`'s; for FP8 the recipe says it.
   """
   if isinstance(w13_ED2F, Fp8Weight):
     assert isinstance(w2_EFD, Fp8Weight)
     return _fp8(rows_ZD, gates_Z, group_sizes_E, w13_ED2F, w2_EFD)
   assert not isinstance(w2_EFD, Fp8Weight)
-  hidden = grouped.grouped_matmul(rows_ZD, w13_ED2F, group_sizes_E)
+  multiply = functools.partial(grouped.grouped_matmul, num_sms=num_sms)
+  hidden = multiply(rows_ZD, w13_ED2F, group_sizes_E)
   hidden = checkpoint_name(hidden, "swiglu_input")
   gated = _widen(swiglu(hidden)) * gates_Z[:, None]
-  return grouped.grouped_matmul(gated.astype(rows_ZD.dtype), w2_EFD, group_sizes_E)
+  return multiply(gated.astype(rows_ZD.dtype), w2_EFD, group_sizes_E)
 
 
 def masked_feed_forward(

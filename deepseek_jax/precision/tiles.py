@@ -33,10 +33,14 @@ WeightCodes = tuple[Tiled, Tiled | None]
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """An `Fp8Config` and who computes it: the platform's kernels, or plain JAX."""
+  """An `Fp8Config` and who computes it: the platform's kernels, or plain JAX.
+
+  `num_sms` leaves a GPU's other multiprocessors free, for a transfer beside products.
+  """
 
   config: Fp8Config = dataclasses.field(default_factory=Fp8Config)
   emulated: bool = False
+  num_sms: int | None = None  # None: all
 
   def multiply(
     self, a: Tiled, b: Tiled, dtype, group_sizes_E: jax.Array | None = None
@@ -45,9 +49,10 @@ class Recipe:
     if self.emulated:
       promotion = self.config.promotion
       return emulation.multiply(a, b, group_sizes_E, promotion).astype(dtype)
+    options = {"out_dtype": dtype, "num_sms": self.num_sms}
     if group_sizes_E is None:
-      return fp8_matmul(*a, *b, out_dtype=dtype)
-    return grouped_fp8_matmul(*a, *b, group_sizes_E, out_dtype=dtype)
+      return fp8_matmul(*a, *b, **options)
+    return grouped_fp8_matmul(*a, *b, group_sizes_E, **options)
 
   def multiply_masked(
     self, a: Tiled, b: Tiled, counts_G: jax.Array, dtype
@@ -69,8 +74,8 @@ class Recipe:
     if self.emulated:
       return emulation.weight_gradient(a, b, group_sizes_E, self.config.promotion)
     if group_sizes_E is None:
-      return fp8_matmul_dw(*a, *b)
-    return grouped_fp8_matmul_dw(*a, *b, group_sizes_E)
+      return fp8_matmul_dw(*a, *b, num_sms=self.num_sms)
+    return grouped_fp8_matmul_dw(*a, *b, group_sizes_E, num_sms=self.num_sms)
 
   @property
   def quantizer(self) -> str | None:
