@@ -43,9 +43,9 @@ DIM, EXPERTS, GROUPS, KEPT_GROUPS, ACTIVE = 7168, 256, 8, 4, 8
 BLOCK = 128  # channels of one scale
 
 
-def choose_experts(tokens: int, seed: int) -> np.ndarray:
+def choose_experts(tokens: int, seed: int, experts: int = EXPERTS) -> np.ndarray:
   """[tokens, 8] experts by group-limited top-k of random scores."""
-  scores = np.random.default_rng(seed).normal(size=(tokens, GROUPS, EXPERTS // GROUPS))
+  scores = np.random.default_rng(seed).normal(size=(tokens, GROUPS, experts // GROUPS))
   best_two = np.sort(scores, axis=-1)[..., -2:].sum(-1)
   kept = np.argsort(-best_two, axis=-1)[:, :KEPT_GROUPS]
   masked = np.full_like(scores, -np.inf)
