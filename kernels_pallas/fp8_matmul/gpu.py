@@ -15,7 +15,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.fp8_matmul import tilings
-from kernels_pallas.fp8_matmul.persistent import BLOCK, Tile, Tiling, granule, run
+from kernels_pallas.fp8_matmul.persistent import (
+  BLOCK,
+  WARPGROUP_ROWS,
+  Tile,
+  Tiling,
+  granule,
+  run,
+)
 
 _TMA_ROWS = 8  # a tile of TMA's; fewer rows than one are fine too
 _TMA_TOKENS = 128
@@ -33,7 +40,7 @@ def multiply(
   sa_kM: jax.Array,
   b_ENK: jax.Array,
   sb_Enk: jax.Array,
-  blocks_2m: jax.Array | None = None,
+  blocks: jax.Array | None = None,
   *,
   out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
   num_sms: int | None = None,
@@ -41,18 +48,19 @@ def multiply(
   sum_bits: int | None = None,
   interpret=None,
 ) -> jax.Array:
-  """Each row times its block's matrix; blocks_2m as multiply_groups has it."""
+  """Each row times its block's matrix; `blocks` as multiply_groups has it."""
   rows = a_MK.shape[0]
   pad = -rows % _TMA_ROWS
+  columns, depth = b_ENK.shape[1:]
   c_1MN = multiply_groups(
     jnp.pad(a_MK, ((0, pad), (0, 0)))[None] if pad else a_MK[None],
     (jnp.pad(sa_kM, ((0, 0), (0, pad))) if pad else sa_kM)[:, None],
     b_ENK,
     sb_Enk,
-    blocks_2m,
+    blocks,
     out_dtype=out_dtype,
     num_sms=num_sms,
-    tiling=tiling,
+    tiling=tiling or tilings.forward(rows, columns, depth),
     sum_bits=sum_bits,
     interpret=interpret,
   )
@@ -64,7 +72,7 @@ def multiply_groups(
   sa_kGC: jax.Array,
   b_ENK: jax.Array,
   sb_Enk: jax.Array,
-  blocks_2m: jax.Array | None = None,
+  blocks: jax.Array | None = None,
   *,
   out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
   num_sms: int | None = None,
@@ -77,19 +85,20 @@ def multiply_groups(
   Args:
     a_GCK: rows in G pieces of C, a multiple of 8; blocks of 128 rows start anew in
       each piece.
-    blocks_2m: for each block the index of its matrix (E for none: zeros, unread) and,
-      where there is a second row, how many of its rows hold data. None: matrix 0.
+    blocks: a table of grouped_matmul/schedule.py, for each block of rows the index of
+      its matrix (E for none: zeros, unread). One row: blocks of 128 rows. Two: also how
+      many of its rows hold data. Three, for tiles of three warpgroups: where it begins
+      and how many of them it keeps busy. None: matrix 0.
   """
   (pieces, rows, depth), (experts, columns) = a_GCK.shape, b_ENK.shape[:2]
-  t = tiling or tilings.forward(pieces * rows, columns, depth, blocks_2m is not None)
-  if blocks_2m is not None and (t.share == "b" or t.warpgroups > 2):
-    raise ValueError(
-      f"128 rows have one matrix: share='a' or '', 2 warpgroups, got {t}"
-    )
+  t = tiling or tilings.masked(pieces * rows, columns)
+  form = 0 if blocks is None else blocks.shape[0]  # rows of the table
+  if form and (t.share == "b" or (t.warpgroups > 2) != (form == 3)):
+    raise ValueError(f"a table of {form} rows has no tiles of {t}")
   tall, wide = t.pair
   per_piece = pl.cdiv(rows, t.rows)
-  masked = blocks_2m is not None and blocks_2m.shape[0] == 2
-  grid = pl.cdiv(pieces * per_piece, tall), pl.cdiv(columns, t.columns * wide)
+  row_blocks = pieces * per_piece if blocks is None else blocks.shape[1]
+  grid = pl.cdiv(row_blocks, tall), pl.cdiv(columns, t.columns * wide)
   width, last_scale = granule(t.columns), sb_Enk.shape[1] - 1
 
   def tile(i, rank, *refs):
@@ -97,14 +106,18 @@ def multiply_groups(
     row, column = plgpu.planar_snake(i, grid, 0, t.snake)
     row = row * tall + (rank if tall > 1 else 0)
     column = column * wide + (rank if wide > 1 else 0)
-    group, filled, steps = 0, None, pl.cdiv(depth, BLOCK)
-    if group_refs:
+    group, filled, busy, steps = 0, None, None, pl.cdiv(depth, BLOCK)
+    piece, start = lax.div(row, per_piece), lax.rem(row, per_piece) * t.rows
+    if form:
       group = group_refs[0][0, row]
-      filled = group_refs[0][1, row] if masked else None
       # A block of no group takes no steps, so its product stays 0, nothing is read.
       steps = jnp.where(group < experts, steps, 0)
-    piece, row = lax.div(row, per_piece), lax.rem(row, per_piece)
-    at_rows = pl.ds(row * t.rows, t.rows)
+    if form == 2:
+      filled = group_refs[0][1, row]
+    if form == 3:
+      piece, start = 0, group_refs[0][1, row] * WARPGROUP_ROWS
+      busy = group_refs[0][2, row]
+    at_rows = pl.ds(start, t.rows)
     at_columns = pl.ds(column * t.columns, t.columns)
 
     def operands(k):
@@ -123,6 +136,7 @@ def multiply_groups(
       column_scales=column_scales,
       out=c_ref.at[piece, at_rows, at_columns],
       rows=filled,
+      busy=busy,
     )
 
   fill = run(
@@ -136,9 +150,9 @@ def multiply_groups(
     swizzle=BLOCK if depth % BLOCK == 0 else BLOCK // 2,
     interpret=interpret,
   )
-  if blocks_2m is None:
+  if blocks is None:
     return fill(a_GCK, sa_kGC, b_ENK, sb_Enk)
-  return fill(blocks_2m.astype(jnp.int32), a_GCK, sa_kGC, b_ENK, sb_Enk)
+  return fill(blocks.astype(jnp.int32), a_GCK, sa_kGC, b_ENK, sb_Enk)
 
 
 def multiply_tokens(

@@ -81,6 +81,7 @@ class Tile:
   column_scales: Callable[[Any], Any]  # a view [columns], or scalars a granule each
   out: Any  # [rows, columns]
   rows: Any = None  # of the tile that hold data, None for all
+  busy: Any = None  # the first warpgroups that multiply and store, None for all
 
 
 def granule(columns: int) -> int:
@@ -208,10 +209,19 @@ def _multiply_tiles(describe, tiles, ring, store, warpgroup):
     zero = plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
     zeros = (zero,) * (ring.t.columns // width)
     part = Part(ring, work, mine, carry)
-    sums = lax.fori_loop(0, work.steps, part.add_step, zeros)
+    steps = work.steps
+    if work.busy is not None:
+      steps = jnp.where(warpgroup < work.busy, steps, 0)
+    sums = lax.fori_loop(0, steps, part.add_step, zeros)
+    if work.busy is not None:
+      lax.fori_loop(steps, work.steps, part.skip_step, None)
     if work.rows is not None:
       sums = _mask(sums, work.rows - warpgroup * WARPGROUP_ROWS)
-    store(sums, out_tile=work.out.at[mine])
+    if work.busy is None:
+      store(sums, out_tile=work.out.at[mine])
+    else:
+      when = pl.when(warpgroup < work.busy)
+      when(lambda: store(sums, out_tile=work.out.at[mine]))
     return carry + work.steps
 
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -85,6 +85,11 @@ class Part:
       free()
     return tuple(new)
 
+  def skip_step(self, k, _):
+    """Frees the slot of a step that others multiply."""
+    plgpu.barrier_wait(self.ring.filled.at[self.slot(k)])
+    plgpu.barrier_arrive(self.ring.free.at[self.slot(k)])
+
   def add_step(self, k, sums):
     """One step by itself: multiply, wait, promote."""
     ring, columns, scalars = self.ring, self.ring.t.columns, self.wait(k)

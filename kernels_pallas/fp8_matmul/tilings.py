@@ -1,10 +1,10 @@
 """Tilings of the Hopper kernel by shape.
 
-Measured on an NVIDIA H100 80GB HBM3, 2026-11-22, at M = 4096 where the table has a
-shape. Retune with `python -m experiments.benchmarks.fp8_matmul --retune` and write what
-it prints first for a shape here. Shapes that are not in the table get the one that is
-expected to be fastest: waves of tiles over the multiprocessors, times the time of a
-tile.
+Measured on an NVIDIA H200, 2026-11-22, at M = 4096 where the table has a shape. Retune
+with `python -m experiments.benchmarks.fp8_matmul --retune` and write what it prints
+first for a shape here, if it is clearly first. Shapes that are not in the table get the
+tiling that is expected to be fastest: waves of tiles over the multiprocessors, times
+the time of a tile.
 """
 
 import math
@@ -18,50 +18,78 @@ _NARROW = Tiling(columns=64, stages=7)
 _UNEVEN = Tiling(columns=192, stages=4)
 _UNEVEN_PAIR = Tiling(columns=192, stages=4, share="a")
 _WIDE_PAIR = Tiling(columns=256, stages=4, fresh=128, share="a")
+_TALL = Tiling(columns=128, stages=4, warpgroups=3)
+_TALL_PAIR = Tiling(columns=128, stages=4, share="a", warpgroups=3)
 
 # (M, N, K) -> tiling.
 FORWARD = {
   (4096, 2112, 7168): _UNEVEN,
-  (4096, 4096, 7168): _WIDE_PAIR,
-  (4096, 32768, 512): _UNEVEN_PAIR,
+  (4096, 24576, 1536): _TALL,
+  (4096, 7168, 16384): _TALL_PAIR,
 }
 # (I, J, tokens) -> tiling.
-WEIGHT_GRADIENT = {(4096, 7168, 4096): _UNEVEN}
+WEIGHT_GRADIENT = {(2112, 7168, 4096): _UNEVEN, (32768, 512, 4096): _SMALL}
+# Time of a value of the output beside that of _TALL.
+_FORWARD_COST = {_TALL: 1.0, _UNEVEN: 1.02, _WIDE_PAIR: 1.1}
+_GROUPED_COST = {_TALL: 1.0, _UNEVEN_PAIR: 1.02, _WIDE_PAIR: 1.1}
+_WEIGHT_GRADIENT_COST = {_TALL: 1.0, _UNEVEN: 1.045, _SMALL: 1.11}
 
 
-def forward(rows: int, columns: int, depth: int, grouped: bool) -> Tiling:
-  """For activations times weights; grouped rows have several matrices."""
-  if columns == _NARROW.columns:  # a wider tile's last store would miss and overwrite
-    return _NARROW
-  found = FORWARD.get((rows, columns, depth))
-  if found and not grouped:
-    return found
-  if rows <= _SMALL_ROWS:
+def forward(rows: int, columns: int, depth: int) -> Tiling:
+  """For activations times weights."""
+  if rows <= _SMALL_ROWS or columns == _NARROW.columns:
     return _narrow(rows, columns)
-  if depth <= 512:  # little but stores: two multiprocessors with less to write each
-    return _UNEVEN_PAIR
-  return _fastest(rows, columns, {_WIDE_PAIR: 1.0, _UNEVEN: 1.03})
+  found = FORWARD.get((rows, columns, depth))
+  return found or _fastest(rows, columns, _FORWARD_COST)
+
+
+def grouped(rows: int, columns: int, groups: int) -> Tiling:
+  """For groups of rows, each a multiple of 128, with a matrix each."""
+  if rows <= _SMALL_ROWS or columns == _NARROW.columns:
+    return _narrow(rows, columns)
+  # A tall tile holds rows of one group: on average 64 of the last are missing.
+  return _fastest(rows, columns, _GROUPED_COST, {_TALL: 64 * groups})
+
+
+def masked(rows: int, columns: int) -> Tiling:
+  """For groups of a fixed capacity, in all so many rows."""
+  if rows <= _SMALL_ROWS or columns == _NARROW.columns:
+    return _narrow(rows, columns)
+  return _fastest(rows, columns, {t: c for t, c in _GROUPED_COST.items() if t != _TALL})
 
 
 def weight_gradient(i: int, j: int, tokens: int) -> Tiling:
   """For the gradient of a weight [i, j]."""
   found = WEIGHT_GRADIENT.get((i, j, tokens))
-  return found or _fastest(i, j, {_UNEVEN: 1.0, _SMALL: 1.09})
+  return found or _fastest(i, j, _WEIGHT_GRADIENT_COST)
 
 
-def _fastest(rows: int, columns: int, choices: dict[Tiling, float]) -> Tiling:
-  """The least waves times columns times the relative time of a column."""
+def _fastest(
+  rows: int,
+  columns: int,
+  cost_of: dict[Tiling, float],
+  missing_rows: dict[Tiling, int] | None = None,
+) -> Tiling:
+  """The least waves of tiles times the time of one."""
+  missing_rows = missing_rows or {}
 
   def cost(t: Tiling) -> float:
     _, wide = t.pair
-    tiles = math.ceil(rows / t.rows) * math.ceil(columns / (t.columns * wide))
-    return math.ceil(tiles * wide / _SMS) * t.columns * choices[t]
+    high = rows + missing_rows.get(t, 0)
+    tiles = math.ceil(high / t.rows) * math.ceil(columns / (t.columns * wide))
+    return math.ceil(tiles * wide / _SMS) * t.rows * t.columns * cost_of[t]
 
-  return min(choices, key=cost)
+  return min(cost_of, key=cost)
 
 
 def _narrow(rows: int, columns: int) -> Tiling:
-  """Few rows: narrow tiles, so that every multiprocessor fetches weights."""
+  """Few rows or columns: narrow tiles, so that every multiprocessor fetches weights.
+
+  An output of 64 columns wants them too: of a wider tile, what lies beyond the output
+  would be stored upon it.
+  """
+  if columns == _NARROW.columns:
+    return _NARROW
   for width, stages in ((128, 5), (64, 7)):
     t = Tiling(columns=width, stages=stages, snake=1)
     if math.ceil(rows / t.rows) * math.ceil(columns / width) >= _SMS:

@@ -6,7 +6,7 @@ Shapes: as fp8.py. `sum_bits` is as `fp8_matmul.persistent.run` has it.
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.fp8_matmul import gpu
+from kernels_pallas.fp8_matmul import gpu, tilings
 from kernels_pallas.fp8_matmul.persistent import Tiling
 from kernels_pallas.grouped_matmul import schedule
 
@@ -32,14 +32,19 @@ def multiply(
   interpret=None,
 ) -> jax.Array:
   """Each row times its group's matrix, [Z, N]; 0 in rows of no group."""
-  blocks_1m = schedule.contiguous(sizes_E, a_ZK.shape[0])
+  rows, (experts, columns) = a_ZK.shape[0], b_ENK.shape[:2]
+  tiling = tiling or tilings.grouped(rows, columns, experts)
+  if tiling.warpgroups == 2:
+    blocks = schedule.contiguous(sizes_E, rows)
+  else:
+    blocks = schedule.tall(sizes_E, rows, tiling.warpgroups)
   options = {"out_dtype": out_dtype, "num_sms": num_sms, "tiling": tiling}
   return gpu.multiply(
     a_ZK,
     sa_kZ,
     b_ENK,
     sb_Enk,
-    blocks_1m,
+    blocks,
     sum_bits=sum_bits,
     interpret=interpret,
     **options,

@@ -1,12 +1,13 @@
 """Tables that tell a GPU kernel which matrix a block of 128 rows is multiplied by.
 
-Shapes: E groups, m blocks of 128 rows, G groups of a fixed capacity.
+Shapes: E groups, m blocks of rows, G groups of a fixed capacity.
 """
 
 import jax
 import jax.numpy as jnp
 
 BLOCK_ROWS = 128
+WARPGROUP_ROWS = 64
 
 
 def contiguous(sizes_E: jax.Array, rows: int) -> jax.Array:
@@ -22,6 +23,26 @@ def contiguous(sizes_E: jax.Array, rows: int) -> jax.Array:
     method="compare_all",
   )
   return group_m.astype(jnp.int32)[None]
+
+
+def tall(sizes_E: jax.Array, rows: int, warpgroups: int) -> jax.Array:
+  """[3, m]: of blocks of `warpgroups` x 64 rows, cut anew in each group.
+
+  Group, first row / 64, and how many warpgroups have rows of that group, 0 in blocks
+  that are not needed. What follows the last group is a group E.
+  """
+  units_E1 = jnp.append(sizes_E, rows - sizes_E.sum()) // WARPGROUP_ROWS
+  blocks_E1 = -(-units_E1 // warpgroups)
+  experts, end_E1 = sizes_E.shape[0], jnp.cumsum(blocks_E1)
+  most = (rows // WARPGROUP_ROWS + (warpgroups - 1) * (experts + 1)) // warpgroups
+  block_m = jnp.arange(most)
+  group_m = jnp.searchsorted(end_E1, block_m, side="right", method="compare_all")
+  group_m = jnp.minimum(group_m, experts)
+  inside_m = (block_m - (end_E1 - blocks_E1)[group_m]) * warpgroups
+  first_m = (jnp.cumsum(units_E1) - units_E1)[group_m] + inside_m
+  filled_m = jnp.clip(units_E1[group_m] - inside_m, 0, warpgroups)
+  first_m = jnp.where(filled_m > 0, first_m, 0)
+  return jnp.stack([group_m, first_m, filled_m]).astype(jnp.int32)
 
 
 def masked(counts_G: jax.Array, capacity: int) -> jax.Array:

@@ -211,10 +211,13 @@ def test_tilings_lower_for_cuda():
 def test_table_of_tilings():
   """Every row is used at its own shape; shapes it does not hold get a default."""
   for (rows, n, k), tiling in tilings.FORWARD.items():
-    assert tilings.forward(rows, n, k, grouped=False) == tiling
+    assert tilings.forward(rows, n, k) == tiling
   for (i, j, tokens), tiling in tilings.WEIGHT_GRADIENT.items():
     assert tilings.weight_gradient(i, j, tokens) == tiling
-  assert tilings.forward(4096, 640, 896, grouped=True).share != "b"
+  assert tilings.grouped(4096, 640, 4).share != "b"
+  assert tilings.masked(4096, 640).warpgroups == 2
+  for tiling in (tilings.forward(4096, 64, 128), tilings.grouped(4096, 64, 4)):
+    assert tiling.columns == 64  # a wider tile would store what lies beyond upon it
 
 
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "tpu7x:2x2x1"])

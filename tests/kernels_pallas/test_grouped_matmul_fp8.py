@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from kernels_pallas import grouped_matmul as gm
 from kernels_pallas.choose import target_platform
 from kernels_pallas.fp8_matmul.persistent import Tiling
-from kernels_pallas.grouped_matmul import gpu, gpu_fp8, tpu, tpu_fp8
+from kernels_pallas.grouped_matmul import gpu, gpu_fp8, schedule, tpu, tpu_fp8
 from tests import tpu_topology
 from tests.kernels_pallas import fp8_matmul_oracle as oracle
 
@@ -109,9 +109,9 @@ def test_256_uneven_groups(impl):
 @pytest.mark.gpu
 @on("gpu")
 @pytest.mark.parametrize("share", ["", "a"])
-@pytest.mark.parametrize("columns", [128, 192])
-def test_tilings(columns, share):
-  tiling = Tiling(columns, 5 if columns == 128 else 4, share=share)
+@pytest.mark.parametrize(("columns", "warpgroups"), [(128, 2), (192, 2), (128, 3)])
+def test_tilings(columns, warpgroups, share):
+  tiling = Tiling(columns, 4, share=share, warpgroups=warpgroups)
   args = inputs([0, 3, 0, 1], 1, n=320, k=640)
   assert_grouped(gpu_fp8.multiply(*args, tiling=tiling), *args, "gpu")
   args = token_inputs([0, 3, 2, 1], 1, i=320, j=576)
@@ -180,15 +180,31 @@ def test_bf16_weight_gradient_is_added(impl):
     gm.grouped_matmul_dw(x, dy, sizes, c[:2], impl=impl)
 
 
+@pytest.mark.parametrize("warpgroups", [2, 3])
 @on("cpu")
-def test_gpu_kernels_interpreted():
-  interpret, tiling = plgpu.InterpretGPUParams(), Tiling(stages=2)
-  args = inputs([0, 1, 0, 1], 1, n=64, k=192)
+def test_gpu_kernels_interpreted(warpgroups):
+  interpret, tiling = (
+    plgpu.InterpretGPUParams(),
+    Tiling(stages=2, warpgroups=warpgroups),
+  )
+  args = inputs([0, 1, 0, 2], 1, n=128, k=192)
   got = gpu_fp8.multiply(*args, tiling=tiling, interpret=interpret)
   assert_grouped(got, *args, "interpreted")
   args = token_inputs([0, 1, 1, 0], 1, i=64, j=128)
   got = gpu_fp8.multiply_rows(*args, tiling=tiling, interpret=interpret)
   assert_grouped_dw(got, *args, "interpreted")
+
+
+def test_tall_blocks():
+  """Every 64 rows once, those of no group too, and no block across groups."""
+  sizes = np.array([0, 128, 640, 0, 384])
+  table = np.asarray(schedule.tall(jnp.asarray(sizes), 1408, 3))
+  owner = np.repeat([*range(5), 5], [*sizes // 64, (1408 - sizes.sum()) // 64])
+  seen = []
+  for group, first, busy in table.T:
+    seen += range(first, first + busy)
+    assert (owner[first : first + busy] == group).all()
+  assert seen == list(range(1408 // 64))
 
 
 @on("cpu")
