@@ -182,10 +182,12 @@ def tune(shape, args, flags):
   groups, rows, d, f = shape
   flop = 2 * groups * rows * d * f
   options = {
-    f"ours columns={c} stages={s} snake={n}": functools.partial(
-      ours, tiling=gpu.Tiling(columns=c, stages=s, snake=n)
+    f"ours columns={c} stages={s} snake={n} pair={pair}": functools.partial(
+      ours, tiling=gpu.Tiling(columns=c, stages=s, snake=n, pair=pair)
     )
-    for (c, s), n in itertools.product([(128, 6), (192, 4), (256, 4)], (1, 8, 16, 32))
+    for (c, s), n, pair in itertools.product(
+      [(128, 6), (192, 4), (256, 4)], (8, 16), (False, True)
+    )
   }
   options |= {
     f"pallas mgpu n={n} steps={s} grid={g}": functools.partial(
