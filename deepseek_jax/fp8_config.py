@@ -1,7 +1,7 @@
 """How FP8 training rounds. The defaults are DeepSeek-V3's recipe (report, 3.3).
 
 The other choices are the report's ablations; only `precision=fp8_emulated` computes
-them, since no kernel is built for what was found to be worse. Standard library only.
+them, since what was found to be worse is not worth a fast path. Standard library only.
 """
 
 from dataclasses import dataclass
