@@ -182,12 +182,10 @@ def tune(shape, args, flags):
   groups, rows, d, f = shape
   flop = 2 * groups * rows * d * f
   options = {
-    f"ours columns={c} stages={s} snake={n} pair={pair}": functools.partial(
-      ours, tiling=gpu.Tiling(columns=c, stages=s, snake=n, pair=pair)
+    f"ours columns={c} stages={s} snake={n}": functools.partial(
+      ours, tiling=gpu.Tiling(columns=c, stages=s, snake=n)
     )
-    for (c, s), n, pair in itertools.product(
-      [(128, 6), (192, 4), (256, 4)], (8, 16), (False, True)
-    )
+    for (c, s), n in itertools.product([(128, 6), (192, 4), (256, 4)], (1, 8, 16, 32))
   }
   options |= {
     f"pallas mgpu n={n} steps={s} grid={g}": functools.partial(

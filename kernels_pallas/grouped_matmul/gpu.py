@@ -41,18 +41,11 @@ class Tiling:
   stages: int = 4  # of the ring
   snake: int = 16  # tiles walked along rows before the next column: reuse in L2
   rows: int = 2 * _WARPGROUP_ROWS
-  pair: bool = True  # a cluster of two: tiles side by side, each fetches half of a
-
-  @property
-  def wide(self) -> int:
-    return 2 if self.pair else 1
 
 
 def _tiling(columns: int) -> Tiling:
   """A wider tile than the output of 64 columns would overwrite them: see `_store`."""
-  if columns == 64:
-    return Tiling(columns=64, pair=False)
-  return Tiling(pair=columns > Tiling.columns)
+  return Tiling(columns=64) if columns == 64 else Tiling()
 
 
 def unsupported(dtype: jax.typing.DTypeLike, d: int, f: int) -> str | None:
@@ -98,11 +91,10 @@ def _multiply_blocks(x_GCD, w_EDF, blocks, transpose_w, num_sms, tiling, interpr
   groups, rows, depth = x_GCD.shape
   experts, columns = w_EDF.shape[0], w_EDF.shape[1 if transpose_w else 2]
   per_group = pl.cdiv(rows, t.rows)
-  grid = groups * per_group, pl.cdiv(columns, t.columns * t.wide)
+  grid = groups * per_group, pl.cdiv(columns, t.columns)
 
-  def tile(i, rank, block_ref, x_ref, w_ref, y_ref):
+  def tile(i, block_ref, x_ref, w_ref, y_ref):
     row, column = plgpu.planar_snake(i, grid, 0, t.snake)
-    column = column * t.wide + rank
     expert, filled = block_ref[0, row], None
     if blocks.shape[0] == 2:
       filled = block_ref[1, row]
@@ -142,12 +134,11 @@ def multiply_rows(
   """
   t = tiling or _tiling(dy_ZF.shape[1])
   experts, d, f = sizes_E.shape[0], x_ZD.shape[1], dy_ZF.shape[1]
-  grid = pl.cdiv(d, t.rows), pl.cdiv(f, t.columns * t.wide)
+  grid = pl.cdiv(d, t.rows), pl.cdiv(f, t.columns)
 
-  def tile(i, rank, span_ref, x_ref, dy_ref, dw_ref):
+  def tile(i, span_ref, x_ref, dy_ref, dw_ref):
     expert, i = lax.div(i, grid[0] * grid[1]), lax.rem(i, grid[0] * grid[1])
     row, column = plgpu.planar_snake(i, grid, 0, t.snake)
-    column = column * t.wide + rank
     at_rows = pl.ds(row * t.rows, t.rows)
     at_columns = pl.ds(column * t.columns, t.columns)
     start, size = span_ref[0, expert], span_ref[1, expert]
@@ -178,8 +169,7 @@ def _persistent_matmul(
 ) -> Callable[..., jax.Array]:
   """A kernel of (table, a, b) that fills `out` tile by tile, or adds to `add_to`.
 
-  `tile(i, rank, table_ref, a_ref, b_ref, out_ref)` gives for the i-th tile, or pair of
-  tiles, of which this thread block has the one of its rank, the number of steps,
+  `tile(i, table_ref, a_ref, b_ref, out_ref)` gives the i-th tile's number of steps,
   `operands(k)` (views of a and b for step k), the view of the output it fills and how
   many of its rows hold data (None: all). An operand marked transposed has its
   contracted dimension first (a) or last (b).
@@ -187,11 +177,10 @@ def _persistent_matmul(
 
   def body(table, a_ref, b_ref, out_ref, out_smem, **ring):
     warpgroup = lax.axis_index("warpgroup")
-    ring = _Ring(stages=t.stages, shared="pair" if t.pair else None, **ring)
-    rank = lax.axis_index("pair") if t.pair else 0
+    ring = _Ring(stages=t.stages, **ring)
 
     def describe(i):
-      return tile(i, rank, table, a_ref, b_ref, out_ref)
+      return tile(i, table, a_ref, b_ref, out_ref)
 
     @pl.when(warpgroup == 2)
     def copy():
@@ -215,12 +204,7 @@ def _persistent_matmul(
 
   sms = num_sms or (streaming_multiprocessors() if interpret is None else 2)
   mesh = plgpu.Mesh(
-    grid=(max(1, sms // t.wide),),
-    grid_names=("sm",),
-    cluster=(2,) if t.pair else (),
-    cluster_names=("pair",) if t.pair else (),
-    num_threads=3,
-    thread_name="warpgroup",
+    grid=(sms,), grid_names=("sm",), num_threads=3, thread_name="warpgroup"
   )
   kernel: Any = functools.partial(
     pl.kernel,
@@ -245,15 +229,12 @@ def _scratch(dtype, t: Tiling, transposed: tuple[bool, bool]) -> dict[str, Any]:
   a_block = (t.depth, t.rows) if transposed[0] else (t.rows, t.depth)
   b_block = (t.columns, t.depth) if transposed[1] else (t.depth, t.columns)
   store_columns = _SWIZZLE_BYTES // jnp.dtype(dtype).itemsize
-  free = plgpu.Barrier
-  if t.pair:
-    free = functools.partial(plgpu.ClusterBarrier, collective_axes=("pair",))
   return {
     "a": swizzled((t.stages, *a_block), jnp.bfloat16),
     "b": swizzled((t.stages, *b_block), jnp.bfloat16),
     "out_smem": swizzled((2, 2, _WARPGROUP_ROWS, store_columns), dtype),
     "filled": plgpu.Barrier(num_arrivals=2, num_barriers=t.stages),  # two copies
-    "free": free(num_arrivals=2, num_barriers=t.stages),  # two warpgroups
+    "free": plgpu.Barrier(num_arrivals=2, num_barriers=t.stages),  # two warpgroups
   }
 
 
@@ -266,7 +247,6 @@ class _Ring:
   filled: Any
   free: Any
   stages: int
-  shared: str | None = None  # the axis of the cluster that shares a
 
 
 def _multiply_tiles(describe, tiles, ring, transposed, warpgroup, store):
@@ -324,9 +304,7 @@ def _copy_operands(describe, tiles, ring):
         plgpu.barrier_wait(ring.free.at[slot])
 
       a, b = operands(k)
-      plgpu.copy_gmem_to_smem(
-        a, ring.a.at[slot], ring.filled.at[slot], collective_axes=ring.shared
-      )
+      plgpu.copy_gmem_to_smem(a, ring.a.at[slot], ring.filled.at[slot])
       plgpu.copy_gmem_to_smem(b, ring.b.at[slot], ring.filled.at[slot])
 
     lax.fori_loop(0, steps, step, None)

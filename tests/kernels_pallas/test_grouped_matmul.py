@@ -131,13 +131,6 @@ def test_64_columns(impl):
   assert_products(value_and_gradients(impl, *args), *args, [jnp.bfloat16] * 3)
 
 
-@pytest.mark.parametrize("impl", IMPLS[2:3])
-def test_clusters_of_two(impl):
-  """More columns than one tile has, and a last tile that is not whole or not there."""
-  args = inputs([2, 0, 1, 4], 1, gm.row_multiple(impl), 320, 576, jnp.bfloat16)
-  assert_products(value_and_gradients(impl, *args), *args, [jnp.bfloat16] * 3)
-
-
 @pytest.mark.parametrize("impl", IMPLS)
 def test_dw_in_fp32_keeps_what_bf16_rounds_away(impl):
   d, f = dims(impl)
