@@ -64,7 +64,7 @@ def one_after_the_other(steps, move, weights, batches):
     x_MD, _ = lax.optimization_barrier((b.x_MD, [done[:2] for done in results]))
     arrived = move(b.dispatch, steps.pack(x_MD, b.gates_MA))
     out_CD, kept = steps.forward(weights, b.plan, arrived)
-    y = b.sums(move(b.combine, [out_CD]))
+    (y,) = b.sums(move(b.combine, [out_CD]))
     arrived = move(b.dispatch, steps.pack_gradient(b.dy_MD))
     back, d_weights = steps.backward(weights, b.plan, kept, arrived)
     results.append((y, b.sums(move(b.combine, back)), d_weights))
@@ -83,32 +83,25 @@ def serial(steps, weights, batches):
 
 
 def without_transfers(steps, weights, batches, moved):
-  """What arrives is there; what would be sent is still computed."""
-  all_arrived = iter([arrived for _, arrived in moved])
+  """What arrives is there; what would be sent is computed, and given out too."""
+  all_arrived, all_sent = iter([arrived for _, arrived in moved]), []
 
   def move(send, values):
     del send
-    return lax.optimization_barrier((values, next(all_arrived)))[1]
+    arrived, values = lax.optimization_barrier((next(all_arrived), values))
+    all_sent.append(values)
+    return arrived
 
-  return one_after_the_other(steps, move, weights, batches)
-
-
-def in_a_row(*sends):
-  """One transfer after the other: a list of values for each."""
-
-  def transfer(values):
-    results = []
-    for send, part in zip(sends, values, strict=True):
-      part, results = lax.optimization_barrier((part, results))
-      results.append(send(part))
-    return results
-
-  return transfer
+  return one_after_the_other(steps, move, weights, batches), all_sent
 
 
 def transfers_alone(batches, moved):
+  results = []
   sends = [send for b in batches for send in 2 * (b.dispatch, b.combine)]
-  return in_a_row(*sends)([values for values, _ in moved])
+  for send, (values, _) in zip(sends, moved, strict=True):
+    values, results = lax.optimization_barrier((values, results))
+    results.append(send(values))
+  return results
 
 
 def in_windows(steps, stream, weights, batches):
@@ -122,25 +115,21 @@ def in_windows(steps, stream, weights, batches):
   def backward(batch, kept):
     return functools.partial(steps.backward, weights, batch.plan, kept)
 
+  def gradient(batch):
+    return batch.dispatch_each(steps.pack_gradient(batch.dy_MD))
+
   a_arrived = a.dispatch(steps.pack(a.x_MD, a.gates_MA))
-  b_sent, a_arrived = lax.optimization_barrier(
-    (steps.pack(b.x_MD, b.gates_MA), a_arrived)
+  sent = steps.pack(b.x_MD, b.gates_MA)
+  sent, a_arrived = lax.optimization_barrier((sent, a_arrived))
+  b_arrived, (a_out, a_kept) = window(b.dispatch_each(sent), forward(a), a_arrived)
+  (a_home, *a_arrived), (b_out, b_kept) = window(
+    a.combine_each([a_out]) + gradient(a), forward(b), b_arrived
   )
-  b_arrived, (a_out, a_kept) = window(b.dispatch, b_sent, forward(a), a_arrived)
-  (a_home, a_arrived), (b_out, b_kept) = window(
-    in_a_row(a.combine, a.dispatch),
-    ([a_out], steps.pack_gradient(a.dy_MD)),
-    forward(b),
-    b_arrived,
-  )
-  (b_home, b_arrived), (a_back, a_d_weights) = window(
-    in_a_row(b.combine, b.dispatch),
-    ([b_out], steps.pack_gradient(b.dy_MD)),
-    backward(a, a_kept),
-    a_arrived,
+  (b_home, *b_arrived), (a_back, a_d_weights) = window(
+    b.combine_each([b_out]) + gradient(b), backward(a, a_kept), a_arrived
   )
   a_last, (b_back, b_d_weights) = window(
-    a.combine, a_back, backward(b, b_kept), b_arrived
+    a.combine_each(a_back), backward(b, b_kept), b_arrived
   )
   return [
     (a.sums(a_home), a.sums(a_last), a_d_weights),
@@ -241,7 +230,8 @@ def measure(name, steps, weights, bench):
   results, moved = run(weights, batches)
   in_series = report("serial", run, (weights, batches))
   run = program(functools.partial(without_transfers, steps()))
-  compute = report("no transfers", run, (weights, batches, moved), results)
+  want = results, [sent for sent, _ in moved]
+  compute = report("no transfers", run, (weights, batches, moved), want)
   run = program(transfers_alone)
   alone = report("transfers", run, (batches, moved))
   print(

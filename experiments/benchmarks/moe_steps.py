@@ -33,10 +33,33 @@ class Batch:
 
   def combine(self, values):
     """Without its sum: each copy of a token comes home."""
-    return a2a.bring_home(values, self.plan.routes[0])
+    return a2a.bring_home(values, self.route)
+
+  def dispatch_each(self, values):
+    """For `beside`: arrays that travel each by itself."""
+    return [(_send, (value, self.route)) for value in values]
+
+  def combine_each(self, values):
+    return [(_bring_home, (value, self.route)) for value in values]
 
   def sums(self, home):
-    return a2a.sum_copies(home, self.plan.routes[0])
+    return a2a.sum_copies(home, self.route)
+
+  @property
+  def route(self):
+    return self.plan.routes[0]
+
+
+def _send(operands):
+  value, route = operands
+  received, count = route.counts_L.sum(), len(route.address_MA)
+  to = {"rows": route.rows, "axis": route.axis}
+  return a2a.send_rows([value], route.address_MA, count, received, **to)[0]
+
+
+def _bring_home(operands):
+  value, route = operands
+  return a2a.bring_home([value], route)[0]
 
 
 @dataclasses.dataclass(frozen=True)
