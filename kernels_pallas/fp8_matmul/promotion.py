@@ -6,7 +6,6 @@ FP32 registers (DeepSeek-V3 report, section 3.3.2).
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -64,9 +63,8 @@ class Part:
   def promote(self, product, k, scales, sums, at, last):
     """The sums from column `at` on, with a fresh product added; frees the slot."""
     (sa, scalars), ring, slot = scales, self.ring, self.slot(k)
-    free = functools.partial(plgpu.barrier_arrive, ring.free.at[slot])
     if last and ring.sb is None:
-      free()
+      self.free(k)
     width, new = sums[0].shape[1], list(sums)
     for i in range(at // width, (at + product.shape[1]) // width):
       start = i * width - at
@@ -79,23 +77,25 @@ class Part:
         part = part * lax.broadcast_in_dim(sa, shape, (0,))
       new[i] = _add(sums[i], part, ring.sum_bits)
     if last and ring.sb is not None:
-      if ring.t.share:
-        # To a cluster one thread reports for all: wait until all have read.
-        plgpu.commit_smem()
-      free()
+      self.free(k)
     return tuple(new)
+
+  def free(self, k):
+    """Reports that this warpgroup has read step k's slot."""
+    if self.ring.t.share:
+      plgpu.commit_smem()  # to a cluster one thread reports for all: wait for all
+    plgpu.barrier_arrive(self.ring.free.at[self.slot(k)])
 
   def skip_step(self, k, _):
     """Frees the slot of a step that others multiply."""
     plgpu.barrier_wait(self.ring.filled.at[self.slot(k)])
-    plgpu.barrier_arrive(self.ring.free.at[self.slot(k)])
+    self.free(k)
 
   def add_step(self, k, sums):
     """One step by itself: multiply, wait, promote."""
     ring, columns, scalars = self.ring, self.ring.t.columns, self.wait(k)
     fresh = ring.t.fresh or columns
-    # To a cluster one warp reports for all, so all read before the tensor cores begin.
-    sa = self.row_scales(k) if ring.t.share else None
+    sa = None
     for at in range(0, columns, fresh):
 
       def multiply(acc, at=at, sa=sa):
