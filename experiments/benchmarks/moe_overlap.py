@@ -65,7 +65,8 @@ def one_after_the_other(steps, move, weights, batches):
     arrived = move(b.dispatch, steps.pack(x_MD, b.gates_MA))
     out_CD, kept = steps.forward(weights, b.plan, arrived)
     (y,) = b.sums(move(b.combine, [out_CD]))
-    arrived = move(b.dispatch, steps.pack_gradient(b.dy_MD))
+    y, kept, dy_MD = lax.optimization_barrier((y, kept, b.dy_MD))
+    arrived = move(b.dispatch, steps.pack_gradient(dy_MD))
     back, d_weights = steps.backward(weights, b.plan, kept, arrived)
     results.append((y, b.sums(move(b.combine, back)), d_weights))
   return results
@@ -247,6 +248,9 @@ def measure(name, steps, weights, bench):
       time_ms = attempt(
         label, lambda r=run, n=label: report(n, r, (weights, batches), results)
       )
+      if time_ms and flags.profile:
+        with jax.profiler.trace(f"{flags.profile}/{name.strip()}_{mechanism}_{sms}"):
+          jax.block_until_ready(run(weights, batches))
       if time_ms:
         print(
           f"  {name}   hidden {(in_series - time_ms) / alone:6.1%} of the transfers; "
@@ -270,6 +274,7 @@ def main():
   parser.add_argument("--sms", type=int, nargs="+", default=[0, 116])
   parser.add_argument("--runs", type=int, default=10, help="runs behind a median")
   parser.add_argument("--calls", type=int, default=5, help="calls queued in a run")
+  parser.add_argument("--profile", help="folder for profiles of a call in windows")
   parser.add_argument("--tiny", action="store_true", help="small, to try the command")
   flags = parser.parse_args()
   if flags.tiny:
