@@ -1,6 +1,6 @@
 """Hides the all-to-all of one micro-batch beside the experts' products of another.
 
-    python -m experiments.benchmarks.moe_overlap [--ranks N] [--sms 0 116] [--tiny]
+    python -m experiments.benchmarks.moe_overlap [--ranks N] [--split 128:2] [--tiny]
 
 The routed experts of one MoE layer of V3's shape, forward and backward, split over the
 GPUs of an expert axis, for two micro-batches A and B: DeepSeek-V3 report, 3.2.1. Of
@@ -19,8 +19,13 @@ and printed with the share of the transfers that windows hide, (serial - windows
 transfers, of which the first and the last of the eight have nothing beside them. All
 give the same bits, which is checked.
 
-`--sms` are the multiprocessors that products in windows use, 0 for all: the kernels
-that send hold 16. `--mechanisms` say how a window is made:
+`--split P:S` gives products in windows P multiprocessors, 0 for all, and the kernels
+that send S. Products share their work out evenly before they start, so each
+multiprocessor that a transfer still holds then makes them wait; and as a window is
+much longer than a transfer, few are enough for it. FP8 products take them in pairs,
+which a transfer may break: P <= 132 - 2 S. Serial transfers use 16, products all.
+
+`--mechanisms` say how a window is made:
 
   streams  the transfer on a stream of its own, no CUDA graphs
   graphs   the same, with CUDA graphs, in which XLA of jax 0.11.2 puts all in a row
@@ -109,8 +114,8 @@ def transfers_alone(batches, moved):
   return results
 
 
-def in_windows(steps, stream, weights, batches):
-  """The same as `serial`, the two batches interleaved."""
+def in_windows(steps, stream, num_sms, weights, batches):
+  """The same as `serial`, the two batches interleaved; `num_sms` of transfers."""
   a, b = batches
   window = functools.partial(beside, stream=stream)
 
@@ -121,20 +126,22 @@ def in_windows(steps, stream, weights, batches):
     return functools.partial(steps.backward, weights, batch.plan, kept)
 
   def gradient(batch):
-    return batch.dispatch_each(steps.pack_gradient(batch.dy_MD))
+    return batch.dispatch_each(steps.pack_gradient(batch.dy_MD), num_sms)
 
   a_arrived = a.dispatch(steps.pack(a.x_MD, a.gates_MA))
   sent = steps.pack(b.x_MD, b.gates_MA)
   sent, a_arrived = lax.optimization_barrier((sent, a_arrived))
-  b_arrived, (a_out, a_kept) = window(b.dispatch_each(sent), forward(a), a_arrived)
+  b_arrived, (a_out, a_kept) = window(
+    b.dispatch_each(sent, num_sms), forward(a), a_arrived
+  )
   (a_home, *a_arrived), (b_out, b_kept) = window(
-    a.combine_each([a_out]) + gradient(a), forward(b), b_arrived
+    a.combine_each([a_out], num_sms) + gradient(a), forward(b), b_arrived
   )
   (b_home, *b_arrived), (a_back, a_d_weights) = window(
-    b.combine_each([b_out]) + gradient(b), backward(a, a_kept), a_arrived
+    b.combine_each([b_out], num_sms) + gradient(b), backward(a, a_kept), a_arrived
   )
   a_last, (b_back, b_d_weights) = window(
-    a.combine_each(a_back), backward(b, b_kept), b_arrived
+    a.combine_each(a_back, num_sms), backward(b, b_kept), b_arrived
   )
   return [
     (a.sums(a_home), a.sums(a_last), a_d_weights),
@@ -244,16 +251,17 @@ def measure(name, steps, weights, bench):
     f"{(in_series - compute) / alone:.2f} of the transfers above no transfers"
   )
   for mechanism in flags.mechanisms:
-    for sms in flags.sms:
+    for split in flags.split:
       options, stream = MECHANISMS[mechanism]
-      fn = functools.partial(in_windows, steps(sms or None), stream)
+      product_sms, sms = map(int, split.split(":"))
+      fn = functools.partial(in_windows, steps(product_sms or None), stream, sms)
       run = program(fn, options)
-      label = f"windows, {mechanism}, {sms or 'all'} SMs"
+      label = f"windows, {mechanism}, {product_sms or 'all'} SMs and {sms}"
       time_ms = attempt(
         label, lambda r=run, n=label: report(n, r, (weights, batches), results)
       )
       if time_ms and flags.profile:
-        with jax.profiler.trace(f"{flags.profile}/{name.strip()}_{mechanism}_{sms}"):
+        with jax.profiler.trace(f"{flags.profile}/{name.strip()}_{mechanism}_{split}"):
           jax.block_until_ready(run(weights, batches))
       if time_ms:
         print(
@@ -275,7 +283,9 @@ def main():
   parser.add_argument(
     "--mechanisms", nargs="+", default=["streams"], choices=MECHANISMS
   )
-  parser.add_argument("--sms", type=int, nargs="+", default=[0, 116])
+  parser.add_argument(
+    "--split", nargs="+", default=["0:16", "116:16", "124:4", "128:2"]
+  )
   parser.add_argument("--runs", type=int, default=10, help="runs behind a median")
   parser.add_argument("--calls", type=int, default=5, help="calls queued in a run")
   parser.add_argument("--profile", help="folder for profiles of a call in windows")

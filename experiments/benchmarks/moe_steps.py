@@ -8,6 +8,7 @@ C tokens that arrive, Z rows; d is D / 128.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,10 @@ from kernels_pallas import all_to_all as a2a
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Batch:
-  """One micro-batch on one rank, and how it travels."""
+  """One micro-batch on one rank, and how it travels.
+
+  The way of `beside`: arrays travel each by itself, sent by `num_sms` multiprocessors.
+  """
 
   x_MD: jax.Array
   gates_MA: jax.Array
@@ -35,12 +39,13 @@ class Batch:
     """Without its sum: each copy of a token comes home."""
     return a2a.bring_home(values, self.route)
 
-  def dispatch_each(self, values):
-    """For `beside`: arrays that travel each by itself."""
-    return [(_send, (value, self.route)) for value in values]
+  def dispatch_each(self, values, num_sms):
+    send = functools.partial(_send, num_sms)
+    return [(send, (value, self.route)) for value in values]
 
-  def combine_each(self, values):
-    return [(_bring_home, (value, self.route)) for value in values]
+  def combine_each(self, values, num_sms):
+    send = functools.partial(_bring_home, num_sms)
+    return [(send, (value, self.route)) for value in values]
 
   def sums(self, home):
     return a2a.sum_copies(home, self.route)
@@ -50,16 +55,16 @@ class Batch:
     return self.plan.routes[0]
 
 
-def _send(operands):
+def _send(num_sms, operands):
   value, route = operands
   received, count = route.counts_L.sum(), len(route.address_MA)
-  to = {"rows": route.rows, "axis": route.axis}
-  return a2a.send_rows([value], route.address_MA, count, received, **to)[0]
+  options = {"rows": route.rows, "axis": route.axis, "num_sms": num_sms}
+  return a2a.send_rows([value], route.address_MA, count, received, **options)[0]
 
 
-def _bring_home(operands):
+def _bring_home(num_sms, operands):
   value, route = operands
-  return a2a.bring_home([value], route)[0]
+  return a2a.bring_home([value], route, num_sms=num_sms)[0]
 
 
 @dataclasses.dataclass(frozen=True)

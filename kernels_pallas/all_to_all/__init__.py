@@ -69,6 +69,7 @@ def send_rows(
   rows: int,
   axis: Axis,
   source_M: jax.Array | None = None,
+  num_sms: int | None = None,
   impl: str | None = None,
 ) -> list[jax.Array]:
   """Writes rows into other ranks' buffers. Not differentiable: see `dispatch`.
@@ -85,6 +86,8 @@ def send_rows(
     rows: rows of a receive buffer, the same on every rank.
     axis: mesh axis, or several as one, inside `jax.shard_map`.
     source_M: int32 rows of `values`; None for row m itself.
+    num_sms: multiprocessors that the GPU's kernel uses, None for 16; fewer are slower
+      and leave more to a computation beside it.
     impl: a name from the module's table, or None.
 
   Returns:
@@ -98,8 +101,9 @@ def send_rows(
   _check(values, address_MA, source_M)
   name = _choose(impl, values)
   count, received = (jnp.asarray(n, jnp.int32) for n in (count, received))
+  options: dict[str, Any] = {"num_sms": num_sms} if name == "gpu" else {}
   return _implementation(name).send_rows(
-    values, address_MA, count, received, rows, axis, source_M=source_M
+    values, address_MA, count, received, rows, axis, source_M=source_M, **options
   )
 
 
@@ -144,7 +148,9 @@ def combine(values: Any, route: Route, impl: str | None = None) -> Any:
   return sum_copies(bring_home(values, route, impl), route)
 
 
-def bring_home(values: Any, route: Route, impl: str | None = None) -> Any:
+def bring_home(
+  values: Any, route: Route, impl: str | None = None, num_sms: int | None = None
+) -> Any:
   """`combine` before its sum: row `route.home_MA[m, a]` is copy a of token m."""
   leaves, tree = jax.tree.flatten(values)
   home = send_rows(
@@ -155,6 +161,7 @@ def bring_home(values: Any, route: Route, impl: str | None = None) -> Any:
     rows=route.home_rows,
     axis=route.axis,
     source_M=route.source_R,
+    num_sms=num_sms,
     impl=impl,
   )
   return jax.tree.unflatten(tree, home)

@@ -72,6 +72,7 @@ def send_rows(
   rows: int,
   axis: Axis,
   source_M: jax.Array | None = None,
+  num_sms: int | None = None,
   layout: Layout | None = None,
   interpret=None,
 ) -> list[jax.Array]:
@@ -81,7 +82,8 @@ def send_rows(
   """
   del received  # the semaphore counts senders, not rows
   flat = [_padded(value) for value in values]
-  layout = (layout or Layout()).fit(sum(_row_bytes(value) for value in flat))
+  layout = layout or Layout(sms=num_sms or Layout.sms)
+  layout = layout.fit(sum(_row_bytes(value) for value in flat))
   ring_slots = layout.rings * layout.stages
   sources = [] if source_M is None else [source_M]
   run = plgpu.kernel(
