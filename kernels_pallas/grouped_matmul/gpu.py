@@ -326,9 +326,12 @@ def _store(product, smem, out_tile, add):
   beyond them would be stored upon them: its tiles are no wider.
   """
   columns = smem.shape[-1]
-  for i in range(product.shape[1] // columns):
+  pieces = product.shape[1] // columns
+  for i in range(pieces):
     at_columns = slice(i * columns, (i + 1) * columns)
-    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+    # The slot of the piece before may still be read. An odd number of pieces ends with
+    # the slot that the next tile begins with.
+    plgpu.wait_smem_to_gmem(0 if i == 0 and pieces % 2 else 1, wait_read_only=True)
     smem[i % 2] = product[:, at_columns].astype(smem.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(

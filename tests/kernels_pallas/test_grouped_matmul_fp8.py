@@ -118,6 +118,28 @@ def test_tilings(columns, warpgroups, share):
   assert_grouped_dw(gpu_fp8.multiply_rows(*args, tiling=tiling), *args, "gpu")
 
 
+@pytest.mark.gpu
+@on("gpu")
+@pytest.mark.parametrize(
+  "tiling",
+  [
+    Tiling(64, 7),
+    Tiling(128, 5),
+    Tiling(192, 4),
+    Tiling(192, 4, share="a"),
+    Tiling(256, 4, share="a", fresh=128),
+    Tiling(128, 4, warpgroups=3),
+  ],
+  ids=str,
+)
+def test_tiles_in_quick_succession(tiling):
+  """Many tiles on few multiprocessors, those of padding ready at once: none is torn."""
+  a, sa, b, sb, sizes = inputs([5, 0, 9, 2], 48, n=768, k=128)
+  run = functools.partial(gpu_fp8.multiply, a, sa, b, sb, sizes, tiling=tiling)
+  for _ in range(4):
+    assert_grouped(run(num_sms=4), a, sa, b, sb, sizes, "gpu")
+
+
 def masked_inputs(counts, capacity, n=N, k=K):
   rng = np.random.default_rng(0)
   groups = [
