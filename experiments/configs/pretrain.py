@@ -87,7 +87,7 @@ def _tiny() -> Config:
 
 
 def _h100_100m() -> Config:
-  """189M active parameters of 1.3B, for one H100 and minutes of training."""
+  """193M active parameters of 1.3B, for one H100 and minutes of training."""
   model = dataclasses.replace(
     presets.V3,
     name="h100_100m",
@@ -101,7 +101,7 @@ def _h100_100m() -> Config:
     q_lora_rank=512,
     kv_lora_rank=256,
     qk_nope_head_dim=64,
-    qk_rope_head_dim=32,
+    qk_rope_head_dim=64,
     v_head_dim=64,
     n_routed_experts=64,
     n_shared_experts=1,
