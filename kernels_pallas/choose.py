@@ -1,5 +1,6 @@
 """Picks an implementation by the platform that the present computation is meant for."""
 
+import warnings
 from collections.abc import Collection, Mapping
 
 import jax
@@ -54,3 +55,8 @@ def choose(
       f"use one of {usable} or None"
     )
   return impl
+
+
+def warn_of_fallback(op: str, reason: str, instead: str) -> None:
+  """Says, once a reason, that no kernel of this platform computes what is traced."""
+  warnings.warn(f"{op} {reason}; impl={instead!r} computes it, slowly", stacklevel=3)

@@ -14,7 +14,7 @@ kernel needs lie side by side. Neither product is differentiable: they are what 
 custom backward pass is made of.
 
 Implementations (`impl`; None takes the platform's own, and `reference` where the shape
-does not suit it):
+does not suit it, with a warning):
 
 | name | runs on | what |
 |---|---|---|
@@ -33,7 +33,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.choose import choose
+from kernels_pallas.choose import choose, warn_of_fallback
 from kernels_pallas.fp8_matmul import reference
 
 BLOCK = reference.BLOCK
@@ -155,6 +155,7 @@ def _choose(op: str, impl: str | None, n: int, k: int) -> ModuleType:
   if reason is None:
     return module
   if impl is None:
+    warn_of_fallback(op, reason, "reference")
     return reference
   raise ValueError(f"{op}: impl={impl!r} {reason}, or pass impl='reference'")
 

@@ -12,7 +12,7 @@ For decoding, `masked_matmul` takes groups of one capacity and the number of row
 each holds. The products of block-scaled FP8 are in `fp8.py`, exported here.
 
 Implementations (`impl`; None takes the platform's own, and `blocks` where the shape or
-dtype does not suit it):
+dtype does not suit it, with a warning):
 
 | name | runs on | what |
 |---|---|---|
@@ -33,7 +33,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.choose import choose
+from kernels_pallas.choose import choose, warn_of_fallback
 from kernels_pallas.grouped_matmul import blocks, reference
 from kernels_pallas.grouped_matmul.fp8 import (
   grouped_fp8_matmul,
@@ -163,6 +163,7 @@ def masked_matmul(
     return module.multiply_masked(x_GCD, w_GDF, counts_G, **_options(name, num_sms))
   if impl is not None:
     raise ValueError(f"masked_matmul: impl={impl!r} {reason}, or pass impl='blocks'")
+  warn_of_fallback("masked_matmul", reason, "blocks")
   return blocks.multiply_masked(x_GCD, w_GDF, counts_G)
 
 
@@ -214,6 +215,7 @@ def _choose(impl: str | None, dtype: jax.typing.DTypeLike, d: int, f: int) -> st
   if reason is None:
     return name
   if impl is None:
+    warn_of_fallback("grouped_matmul", reason, "blocks")
     return "blocks"
   raise ValueError(f"grouped_matmul: impl={impl!r} {reason}, or pass impl='blocks'")
 

@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.choose import choose
+from kernels_pallas.choose import choose, warn_of_fallback
 from kernels_pallas.fp8_matmul import blocks as scale_blocks
 from kernels_pallas.fp8_matmul import check_operand, check_scales
 from kernels_pallas.fp8_matmul.reference import dequantize_blocks, dequantize_tiles
@@ -193,6 +193,7 @@ def _choose(
   if reason is None:
     return name, module
   if impl is None:
+    warn_of_fallback(op, reason, "blocks")
     return "blocks", blocks
   raise ValueError(f"{op}: impl={impl!r} {reason}, or pass impl='blocks'")
 

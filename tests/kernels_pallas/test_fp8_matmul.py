@@ -271,3 +271,12 @@ def test_refusals():
 def test_default_runs_on_this_platform():
   _, _, *quantized = inputs(5, 128, 256)
   assert_product(op.fp8_matmul(*quantized), *quantized, target_platform())
+
+
+def test_a_fallback_is_said(monkeypatch):
+  _, _, a, sa, b, sb = inputs(8, 32, 256)
+  want = op.fp8_matmul(a, sa, b, sb, impl="reference")
+  monkeypatch.setattr("kernels_pallas.choose.target_platform", lambda: "gpu")
+  with pytest.warns(UserWarning, match="N=32, K=256: pad them; impl='reference'"):
+    got = op.fp8_matmul(a, sa, b, sb)
+  np.testing.assert_array_equal(got, want)
