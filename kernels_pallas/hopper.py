@@ -1,10 +1,23 @@
 """What Mosaic GPU kernels for NVIDIA Hopper share: its size and its memory's layout."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 _SMS = 132  # of an H100 SXM, an H200 and an H800
+
+
+def traced_once(*options: str) -> Callable[[Callable], Callable]:
+  """A decorator of kernels: traced once for each shape and value of `options`.
+
+  JAX lowers an equation anew unless its parameters are the same objects, and a GPU
+  compiles a kernel anew unless it was lowered once: seconds for each call otherwise.
+  The call itself is inlined, so that nothing around it sees a `jax.jit`.
+  """
+  return functools.partial(jax.jit, static_argnames=options, inline=True)
 
 
 def streaming_multiprocessors() -> int:

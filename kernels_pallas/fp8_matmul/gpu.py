@@ -23,6 +23,7 @@ from kernels_pallas.fp8_matmul.persistent import (
   granule,
   run,
 )
+from kernels_pallas.hopper import traced_once
 
 _TMA_ROWS = 8  # a tile of TMA's; fewer rows than one are fine too
 _TMA_TOKENS = 128
@@ -35,6 +36,7 @@ def unsupported(n: int, k: int) -> str | None:
   return None
 
 
+@traced_once("out_dtype", "num_sms", "tiling", "sum_bits", "interpret")
 def multiply(
   a_MK: jax.Array,
   sa_kM: jax.Array,
@@ -67,6 +69,7 @@ def multiply(
   return c_1MN[0, :rows] if pad else c_1MN[0]
 
 
+@traced_once("out_dtype", "num_sms", "tiling", "sum_bits", "interpret")
 def multiply_groups(
   a_GCK: jax.Array,
   sa_kGC: jax.Array,
@@ -155,6 +158,7 @@ def multiply_groups(
   return fill(blocks.astype(jnp.int32), a_GCK, sa_kGC, b_ENK, sb_Enk)
 
 
+@traced_once("num_sms", "tiling", "sum_bits", "interpret")
 def multiply_tokens(
   a_IM: jax.Array,
   sa_mI: jax.Array,

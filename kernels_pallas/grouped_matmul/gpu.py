@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.grouped_matmul import schedule
-from kernels_pallas.hopper import streaming_multiprocessors, swizzled
+from kernels_pallas.hopper import streaming_multiprocessors, swizzled, traced_once
 
 ROW_MULTIPLE = schedule.BLOCK_ROWS
 _WARPGROUP_ROWS = 64  # of a wgmma instruction
@@ -57,6 +57,7 @@ def unsupported(dtype: jax.typing.DTypeLike, d: int, f: int) -> str | None:
   return None
 
 
+@traced_once("transpose_w", "num_sms", "tiling", "interpret")
 def multiply(
   x_ZD: jax.Array,
   w_EDF: jax.Array,
@@ -72,6 +73,7 @@ def multiply(
   return _multiply_blocks(x_ZD[None], w_EDF, blocks, *options)[0]
 
 
+@traced_once("num_sms", "tiling", "interpret")
 def multiply_masked(
   x_GCD: jax.Array,
   w_GDF: jax.Array,
@@ -118,6 +120,7 @@ def _multiply_blocks(x_GCD, w_EDF, blocks, transpose_w, num_sms, tiling, interpr
   return run(blocks, x_GCD, w_EDF)
 
 
+@traced_once("dtype", "num_sms", "tiling", "interpret")
 def multiply_rows(
   x_ZD: jax.Array,
   dy_ZF: jax.Array,

@@ -11,6 +11,7 @@ dimension divided by 128, rounded up.
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.hopper import traced_once
 from kernels_pallas.quantize import gpu_blocks, reference
 from kernels_pallas.quantize.gpu_tiles import Matrix, Output, quantize_tiles
 from kernels_pallas.quantize.reference import TILE, Quantized
@@ -84,16 +85,19 @@ def _quantize(x_MK: Matrix, by_rows, by_columns, power_of_two, dtype, rows, inte
   return q_rows + q_columns
 
 
+@traced_once("power_of_two", "dtype", "interpret")
 def quantize_rows(x_MK, power_of_two, dtype, rows=None, interpret=None) -> Quantized:
   [out] = _quantize(Matrix(x_MK), _PLAIN, [], power_of_two, dtype, rows, interpret)
   return out
 
 
+@traced_once("power_of_two", "dtype", "interpret")
 def quantize_columns(x_MK, power_of_two, dtype, rows=None, interpret=None) -> Quantized:
   [out] = _quantize(Matrix(x_MK), [], _PLAIN, power_of_two, dtype, rows, interpret)
   return out
 
 
+@traced_once("power_of_two", "dtype", "interpret")
 def quantize_both(
   x_MK, power_of_two, dtype, rows=None, interpret=None
 ) -> tuple[Quantized, Quantized]:
@@ -103,6 +107,7 @@ def quantize_both(
   return by_rows, by_columns
 
 
+@traced_once("power_of_two", "dtype", "interpret")
 def quantize_blocks(
   w, power_of_two, dtype, interpret=None
 ) -> tuple[Quantized, Quantized]:
@@ -112,6 +117,7 @@ def quantize_blocks(
   return out if w.ndim == 3 else jax.tree.map(lambda a: a[0], out)
 
 
+@traced_once("power_of_two", "dtype", "interpret")
 def requantize_columns(
   q_MK, s_kM, power_of_two, dtype, rows=None, interpret=None
 ) -> Quantized:
@@ -129,6 +135,7 @@ def _halves(h: jax.Array | Quantized) -> tuple[Matrix, Matrix]:
   return Matrix(codes, scales), Matrix(codes, scales, codes.shape[1] // 2 // TILE)
 
 
+@traced_once("both", "power_of_two", "dtype", "interpret")
 def swiglu_quantize(
   h_Z2F, gate_Z, both: bool, power_of_two, dtype, rows=None, interpret=None
 ) -> Quantized | tuple[Quantized, Quantized]:
@@ -148,6 +155,7 @@ def swiglu_quantize(
   return (q_rows[0], q_columns[0]) if both else q_rows[0]
 
 
+@traced_once("with_y", "with_dh", "power_of_two", "dtype", "interpret")
 def swiglu_quantize_backward(
   h_Z2F,
   gate_Z,
