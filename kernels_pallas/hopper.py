@@ -13,9 +13,9 @@ _SMS = 132  # of an H100 SXM, an H200 and an H800
 def traced_once(*options: str) -> Callable[[Callable], Callable]:
   """A decorator of kernels: traced once for each shape and value of `options`.
 
-  JAX lowers an equation anew unless its parameters are the same objects, and a GPU
-  compiles a kernel anew unless it was lowered once: seconds for each call otherwise.
-  The call itself is inlined, so that nothing around it sees a `jax.jit`.
+  Calls that share a jaxpr are lowered to one kernel, which is compiled once; without,
+  each call in a step is lowered and compiled by itself, which takes about a second.
+  The call is inlined, so that nothing around it sees a `jax.jit`.
   """
   return functools.partial(jax.jit, static_argnames=options, inline=True)
 
