@@ -125,8 +125,9 @@ def test_padding_is_never_read(impl):
     np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
 
 
-@pytest.mark.parametrize("impl", IMPLS[:3])
+@pytest.mark.parametrize("impl", IMPLS[2:3])
 def test_64_columns(impl):
+  """As few as one store of the kernel has."""
   args = inputs([2, 0, 1], 1, gm.row_multiple(impl), 64, 64, jnp.bfloat16)
   assert_products(value_and_gradients(impl, *args), *args, [jnp.bfloat16] * 3)
 

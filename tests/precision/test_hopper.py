@@ -73,8 +73,9 @@ def test_sums_without_promotion_by_the_interpreted_kernel(grouped):
   np.testing.assert_allclose(promoted, exact, atol=1e-3)
 
 
-@pytest.mark.parametrize("promotion", [True, False])
-@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, E5M2])
+@pytest.mark.parametrize(
+  ("promotion", "dtype"), [(True, jnp.float8_e4m3fn), (False, E5M2)]
+)
 def test_products_lower_for_cuda(promotion, dtype):
   def products(x, w, dy, sizes):
     columns, (dy_rows, dy_columns) = (
