@@ -33,7 +33,7 @@ WeightCodes = tuple[Tiled, Tiled | None]
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """An `Fp8Config` and who computes it: the platform's kernels, or plain JAX.
+  """An `Fp8Config` and who computes it: the platform's kernels, or the emulation.
 
   `num_sms` leaves a GPU's other multiprocessors free, for a transfer beside products.
   """

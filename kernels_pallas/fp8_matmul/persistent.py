@@ -116,6 +116,12 @@ def run(
       all of FP32's. 14 emulates what the tensor cores do without promotion.
   """
 
+  piece = _store_columns(t, out.dtype)
+  if out.shape[-1] <= piece < t.columns:  # one piece's view has no coordinate for more
+    raise ValueError(
+      f"an output of {out.shape[-1]} columns needs tiles of {piece}: {t}"
+    )
+
   def body(*refs, out_smem, **ring):
     *refs, out_ref = refs
     ring = Ring(t=t, sum_bits=sum_bits, **ring)

@@ -178,6 +178,12 @@ def _persistent_matmul(
   contracted dimension first (a) or last (b).
   """
 
+  piece = _store_columns(out.dtype)
+  if out.shape[-1] <= piece < t.columns:  # one piece's view has no coordinate for more
+    raise ValueError(
+      f"an output of {out.shape[-1]} columns needs tiles of {piece}: {t}"
+    )
+
   def body(table, a_ref, b_ref, out_ref, out_smem, **ring):
     warpgroup = lax.axis_index("warpgroup")
     ring = _Ring(stages=t.stages, **ring)
@@ -227,11 +233,15 @@ def _persistent_matmul(
   return accumulate
 
 
+def _store_columns(dtype) -> int:
+  return _SWIZZLE_BYTES // jnp.dtype(dtype).itemsize
+
+
 def _scratch(dtype, t: Tiling, transposed: tuple[bool, bool]) -> dict[str, Any]:
   """Shared memory and barriers of one thread block."""
   a_block = (t.depth, t.rows) if transposed[0] else (t.rows, t.depth)
   b_block = (t.columns, t.depth) if transposed[1] else (t.depth, t.columns)
-  store_columns = _SWIZZLE_BYTES // jnp.dtype(dtype).itemsize
+  store_columns = _store_columns(dtype)
   return {
     "a": swizzled((t.stages, *a_block), jnp.bfloat16),
     "b": swizzled((t.stages, *b_block), jnp.bfloat16),

@@ -218,6 +218,10 @@ def test_table_of_tilings():
   assert tilings.masked(4096, 640).warpgroups == 2
   for tiling in (tilings.forward(4096, 64, 128), tilings.grouped(4096, 64, 4)):
     assert tiling.columns == 64  # a wider tile would store what lies beyond upon it
+  with pytest.raises(ValueError, match="an output of 64 columns needs tiles of 64"):
+    jax.eval_shape(
+      lambda *a: gpu.multiply(*a, tiling=Tiling()), *forward_specs(8, 64, 128)
+    )
 
 
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "tpu7x:2x2x1"])
