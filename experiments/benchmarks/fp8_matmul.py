@@ -224,13 +224,12 @@ def candidates(product, m, snakes):
   """Tilings that fit in shared memory and are worth a try."""
   if m <= SMALL_ROWS:
     widths = [(32, 8), (64, 7), (128, 5)]
-    return [Tiling(c, s, 1, share) for c, s in widths for share in ("", "a")]
+    return [Tiling(c, s, 1) for c, s in widths]
   sizes = [(128, 5, 0, 2), (192, 4, 0, 2), (128, 4, 0, 3)]
   sizes += [(192, 4, 64, 2)] if product == "dw" else [(256, 4, 128, 2)]
   return [
-    Tiling(columns, stages, snake, share, fresh, warpgroups)
+    Tiling(columns, stages, snake, fresh, warpgroups)
     for columns, stages, fresh, warpgroups in sizes
-    for share in ("", "a", "b")
     for snake in snakes
   ]
 

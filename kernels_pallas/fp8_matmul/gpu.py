@@ -96,23 +96,24 @@ def multiply_groups(
   (pieces, rows, depth), (experts, columns) = a_GCK.shape, b_ENK.shape[:2]
   t = tiling or tilings.masked(pieces * rows, columns)
   form = 0 if blocks is None else blocks.shape[0]  # rows of the table
-  if form and (t.share == "b" or (t.warpgroups > 2) != (form == 3)):
+  if form and (t.warpgroups > 2) != (form == 3):
     raise ValueError(f"a table of {form} rows has no tiles of {t}")
-  tall, wide = t.pair
-  per_piece = pl.cdiv(rows, t.rows)
-  row_blocks = pieces * per_piece if blocks is None else blocks.shape[1]
-  grid = pl.cdiv(row_blocks, tall), pl.cdiv(columns, t.columns * wide)
+  if blocks is None and pieces > 1:
+    raise ValueError(f"{pieces} pieces of rows need a table of blocks")
+  per_piece, across = pl.cdiv(rows, t.rows), pl.cdiv(columns, t.columns)
+  cut = tilings.cut(rows, columns, t, num_sms)
+  row_blocks = cut.whole + cut.lower if blocks is None else blocks.shape[1]
   width, last_scale = granule(t.columns), sb_Enk.shape[1] - 1
 
-  def tile(i, rank, *refs):
+  def tile(i, *refs):
     *group_refs, a_ref, sa_ref, b_ref, sb_ref, c_ref = refs
-    row, column = plgpu.planar_snake(i, grid, 0, t.snake)
-    row = row * tall + (rank if tall > 1 else 0)
-    column = column * wide + (rank if wide > 1 else 0)
-    group, filled, busy, steps = 0, None, None, pl.cdiv(depth, BLOCK)
-    piece, start = lax.div(row, per_piece), lax.rem(row, per_piece) * t.rows
-    if form:
-      group = group_refs[0][0, row]
+    piece, group, filled, steps = 0, 0, None, pl.cdiv(depth, BLOCK)
+    if not form:
+      start, column, busy = _place(i, cut, across, t)
+    else:
+      row, column = plgpu.planar_snake(i, (row_blocks, across), 0, t.snake)
+      piece, start = lax.div(row, per_piece), lax.rem(row, per_piece) * t.rows
+      group, busy = group_refs[0][0, row], None
       # A block of no group takes no steps, so its product stays 0, nothing is read.
       steps = jnp.where(group < experts, steps, 0)
     if form == 2:
@@ -144,7 +145,7 @@ def multiply_groups(
 
   fill = run(
     tile,
-    grid[0] * grid[1],
+    row_blocks * across,
     jax.ShapeDtypeStruct((pieces, rows, columns), out_dtype),
     t,
     scale_each_column=False,
@@ -182,20 +183,21 @@ def multiply_tokens(
   (i_size, tokens), j_size = a_IM.shape, b_JM.shape[0]
   experts = 1 if spans_2E is None else spans_2E.shape[1]
   t = tiling or tilings.weight_gradient(i_size, j_size, tokens)
-  tall, wide = t.pair
-  grid = pl.cdiv(i_size, t.rows * tall), pl.cdiv(j_size, t.columns * wide)
+  cut = tilings.remainder(i_size, t)
+  if experts == 1:
+    cut = tilings.cut(i_size, j_size, t, num_sms)
+  across = pl.cdiv(j_size, t.columns)
+  tiles = (cut.whole + cut.lower) * across  # of one weight
 
-  def tile(i, rank, *refs):
+  def tile(i, *refs):
     *span_refs, a_ref, sa_ref, b_ref, sb_ref, c_ref = refs
-    expert, i = lax.div(i, grid[0] * grid[1]), lax.rem(i, grid[0] * grid[1])
-    row, column = plgpu.planar_snake(i, grid, 0, t.snake)
-    row = row * tall + (rank if tall > 1 else 0)
-    column = column * wide + (rank if wide > 1 else 0)
+    expert = lax.div(i, tiles)
+    row, column, busy = _place(lax.rem(i, tiles), cut, across, t)
     start, steps = 0, pl.cdiv(tokens, BLOCK)
     if span_refs:
       start = lax.div(span_refs[0][0, expert], BLOCK)
       steps = lax.div(span_refs[0][1, expert], BLOCK)
-    at_rows = pl.ds(row * t.rows, t.rows)
+    at_rows = pl.ds(row, t.rows)
     at_columns = pl.ds(column * t.columns, t.columns)
 
     def operands(k):
@@ -208,11 +210,12 @@ def multiply_tokens(
       row_scales=lambda k: sa_ref.at[start + k, at_rows],
       column_scales=lambda k: sb_ref.at[start + k, at_columns],
       out=c_ref.at[expert, at_rows, at_columns],
+      busy=busy,
     )
 
   fill = run(
     tile,
-    experts * grid[0] * grid[1],
+    experts * tiles,
     jax.ShapeDtypeStruct((experts, i_size, j_size), jnp.float32),
     t,
     scale_each_column=True,
@@ -225,6 +228,24 @@ def multiply_tokens(
   if spans_2E is None:
     return fill(a_IM, sa_mI, b_JM, sb_mJ)
   return fill(spans_2E.astype(jnp.int32), a_IM, sa_mI, b_JM, sb_mJ)
+
+
+def _place(i, cut: tilings.Cut, across: int, t: Tiling):
+  """First row, column / t.columns and busy warpgroups (None: all) of the i-th tile."""
+  row, column = plgpu.planar_snake(i, (max(cut.whole, 1), across), 0, t.snake)
+  if not cut.lower:
+    return row * t.rows, column, None
+  whole_tiles = cut.whole * across
+  low, low_column = plgpu.planar_snake(
+    jnp.maximum(i - whole_tiles, 0), (cut.lower, across), 0, t.snake
+  )
+  low = cut.whole * t.rows + low * cut.busy * WARPGROUP_ROWS
+  is_whole = i < whole_tiles
+  return (
+    jnp.where(is_whole, row * t.rows, low),
+    jnp.where(is_whole, column, low_column),
+    jnp.where(is_whole, t.warpgroups, cut.busy),
+  )
 
 
 def _pad_last(x_IM: jax.Array) -> jax.Array:

@@ -82,8 +82,6 @@ class Part:
 
   def free(self, k):
     """Reports that this warpgroup has read step k's slot."""
-    if self.ring.t.share:
-      plgpu.commit_smem()  # to a cluster one thread reports for all: wait for all
     plgpu.barrier_arrive(self.ring.free.at[self.slot(k)])
 
   def skip_step(self, k, _):

@@ -3,14 +3,14 @@
 Measured on an NVIDIA H200, 2026-11-22, at M = 4096 where the table has a shape. Retune
 with `python -m experiments.benchmarks.fp8_matmul --retune` and write what it prints
 first for a shape here, if it is clearly first. Shapes that are not in the table get the
-tiling that is expected to be fastest: waves of tiles over the multiprocessors, times
-the time of a tile. Clusters are in no default: with the wait that they need before a
-slot is free again they were no faster (885 us against 888 at (4096, 7168, 16384)).
+tiling that is expected to be fastest: tiles of the busiest multiprocessor, times the
+time of a tile.
 """
 
+import dataclasses
 import math
 
-from kernels_pallas.fp8_matmul.persistent import Tiling
+from kernels_pallas.fp8_matmul.persistent import WARPGROUP_ROWS, Tiling
 
 _SMS = 132
 _SMALL_ROWS = 256
@@ -20,14 +20,71 @@ _UNEVEN = Tiling(columns=192, stages=4)
 _WIDE = Tiling(columns=256, stages=4, fresh=128)
 _TALL = Tiling(columns=128, stages=4, warpgroups=3)
 
-# (M, N, K) -> tiling. Without clusters _TALL, the default, was first or within 2%.
+# (M, N, K) -> tiling. _TALL, the default, was first or within 2%.
 FORWARD: dict[tuple[int, int, int], Tiling] = {}
 # (I, J, tokens) -> tiling.
 WEIGHT_GRADIENT = {(2112, 7168, 4096): _UNEVEN, (32768, 512, 4096): _SMALL}
 # Time of a value of the output beside that of _TALL. Measured, but for _UNEVEN and
-# _WIDE forward: 1.02 before its stores waited, 1.1 in a cluster without the wait.
+# _WIDE forward, which were measured before their stores waited.
 _FORWARD_COST = {_TALL: 1.0, _UNEVEN: 1.05, _WIDE: 1.15}
 _WEIGHT_GRADIENT_COST = {_TALL: 1.0, _UNEVEN: 1.045, _SMALL: 1.11}
+
+
+# Time of a tile of which so many of three warpgroups have work: one alone waits for its
+# own promotion, two hide a part of it. Estimates.
+_TIME_OF_BUSY = {1: 0.5, 2: 0.75, 3: 1.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+  """Rows of an output: whole tiles, then lower ones.
+
+  Lower tiles fill the last wave, in which whole ones would leave most multiprocessors
+  without work, and hold what is left of the rows.
+
+  Attributes:
+    whole: tiles of all the tiling's rows.
+    lower: tiles after them.
+    busy: warpgroups, of 64 rows each, that work on one of these.
+  """
+
+  whole: int
+  lower: int = 0
+  busy: int = 0
+
+  def time(self, columns: int, sms: int) -> float:
+    """Of the multiprocessor with most work, in whole tiles, `columns` tiles across.
+
+    Tile i is the multiprocessor's of number i % sms.
+    """
+    whole, lower = self.whole * columns, self.lower * columns
+    last = _TIME_OF_BUSY.get(self.busy, 0)
+
+    def share(tiles: int, first: int) -> int:
+      return (tiles - first + sms - 1) // sms if first < tiles else 0
+
+    return max(
+      share(whole, sm) + last * share(lower, (sm - whole) % sms) for sm in range(sms)
+    )
+
+
+def cut(rows: int, columns: int, t: Tiling, sms: int | None = None) -> Cut:
+  """The rows of an output [rows, columns] in the least time."""
+  if t.warpgroups < 3:
+    return Cut(math.ceil(rows / t.rows))
+  units, across = math.ceil(rows / WARPGROUP_ROWS), math.ceil(columns / t.columns)
+  cuts = [remainder(rows, t)]
+  for whole in range(units // 3, max(-1, units // 3 - 4), -1):
+    cuts.append(Cut(whole, units - 3 * whole, 1))
+  return min(cuts, key=lambda c: (c.time(across, sms or _SMS), c.lower))
+
+
+def remainder(rows: int, t: Tiling) -> Cut:
+  """As many whole tiles as there are, and one lower one for what is left."""
+  if t.warpgroups < 3:
+    return Cut(math.ceil(rows / t.rows))
+  whole, left = divmod(math.ceil(rows / WARPGROUP_ROWS), t.warpgroups)
+  return Cut(whole, 1, left) if left else Cut(whole)
 
 
 def forward(rows: int, columns: int, depth: int) -> Tiling:
@@ -65,14 +122,13 @@ def _fastest(
   cost_of: dict[Tiling, float],
   missing_rows: dict[Tiling, int] | None = None,
 ) -> Tiling:
-  """The least waves of tiles times the time of one."""
+  """The tiling with the least time."""
   missing_rows = missing_rows or {}
 
   def cost(t: Tiling) -> float:
-    _, wide = t.pair
     high = rows + missing_rows.get(t, 0)
-    tiles = math.ceil(high / t.rows) * math.ceil(columns / (t.columns * wide))
-    return math.ceil(tiles * wide / _SMS) * t.rows * t.columns * cost_of[t]
+    tiles = cut(high, columns, t).time(math.ceil(columns / t.columns), _SMS)
+    return tiles * t.rows * t.columns * cost_of[t]
 
   return min(cost_of, key=cost)
 

@@ -30,15 +30,11 @@ SHAPES = [(1, 128, 256), (257, 320, 576), (4095, 192, 128)]
 # On the GPU also every tiling of the table and of a retune, at a shape ragged for all.
 TILINGS = [
   Tiling(),
-  Tiling(share="a"),
-  Tiling(share="b"),
   Tiling(columns=192, stages=4),
-  Tiling(columns=192, stages=4, share="a"),
-  Tiling(columns=256, stages=4, fresh=128, share="b"),
-  Tiling(columns=64, stages=7, share="a"),
+  Tiling(columns=256, stages=4, fresh=128),
+  Tiling(columns=64, stages=7),
   Tiling(columns=32, stages=8),
   Tiling(stages=4, warpgroups=3),
-  Tiling(stages=4, share="a", warpgroups=3),
 ]
 # V3's (N, K), every one lowered.
 V3_SHAPES = [
@@ -214,7 +210,6 @@ def test_table_of_tilings():
     assert tilings.forward(rows, n, k) == tiling
   for (i, j, tokens), tiling in tilings.WEIGHT_GRADIENT.items():
     assert tilings.weight_gradient(i, j, tokens) == tiling
-  assert tilings.grouped(4096, 640, 4).share != "b"
   assert tilings.masked(4096, 640).warpgroups == 2
   for tiling in (tilings.forward(4096, 64, 128), tilings.grouped(4096, 64, 4)):
     assert tiling.columns == 64  # a wider tile would store what lies beyond upon it
@@ -222,6 +217,35 @@ def test_table_of_tilings():
     jax.eval_shape(
       lambda *a: gpu.multiply(*a, tiling=Tiling()), *forward_specs(8, 64, 128)
     )
+
+
+@pytest.mark.parametrize(
+  ("rows", "columns"), [(8, 2112), (64, 7168), (200, 2112), (4096, 7168), (8200, 640)]
+)
+def test_tiles_cover_the_output_once(rows, columns):
+  tall, units = Tiling(stages=4, warpgroups=3), -(-rows // 64)
+  across = -(-columns // tall.columns)
+  for cut in (tilings.cut(rows, columns, tall), tilings.remainder(rows, tall)):
+    tiles = jnp.arange((cut.whole + cut.lower) * across)
+    places = jax.vmap(lambda i, c=cut: gpu._place(i, c, across, tall))(tiles)
+    start, column, busy = (
+      np.full(tiles.size, tall.warpgroups) if place is None else np.asarray(place)
+      for place in places
+    )
+    covered = np.zeros((units + 3, across), int)
+    for first, at, height in zip(start // 64, column, busy):
+      covered[first : first + height, at] += 1
+    assert (covered[:units] == 1).all()
+    assert not covered[units:].any()
+
+
+def test_lower_tiles_fill_the_last_wave():
+  tall = Tiling(stages=4, warpgroups=3)
+  assert tilings.cut(192 * 132, 128, tall) == tilings.Cut(132)  # one wave: none needed
+  for rows, columns in ((4096, 4096), (4096, 7168), (8192, 7168)):
+    across, work = columns // 128, rows * columns / (192 * 128)
+    waves = -(-(-(-rows // 192) * across) // 132)
+    assert work / 132 <= tilings.cut(rows, columns, tall).time(across, 132) < waves
 
 
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "tpu7x:2x2x1"])

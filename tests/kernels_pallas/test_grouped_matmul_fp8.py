@@ -108,10 +108,9 @@ def test_256_uneven_groups(impl):
 
 @pytest.mark.gpu
 @on("gpu")
-@pytest.mark.parametrize("share", ["", "a"])
 @pytest.mark.parametrize(("columns", "warpgroups"), [(128, 2), (192, 2), (128, 3)])
-def test_tilings(columns, warpgroups, share):
-  tiling = Tiling(columns, 4, share=share, warpgroups=warpgroups)
+def test_tilings(columns, warpgroups):
+  tiling = Tiling(columns, 4, warpgroups=warpgroups)
   args = inputs([0, 3, 0, 1], 1, n=320, k=640)
   assert_grouped(gpu_fp8.multiply(*args, tiling=tiling), *args, "gpu")
   args = token_inputs([0, 3, 2, 1], 1, i=320, j=576)
@@ -126,8 +125,7 @@ def test_tilings(columns, warpgroups, share):
     Tiling(64, 7),
     Tiling(128, 5),
     Tiling(192, 4),
-    Tiling(192, 4, share="a"),
-    Tiling(256, 4, share="a", fresh=128),
+    Tiling(256, 4, fresh=128),
     Tiling(128, 4, warpgroups=3),
   ],
   ids=str,
