@@ -1,8 +1,8 @@
 """Quantisation on NVIDIA Hopper: what `gpu_tiles` writes for each operation.
 
-Takes BF16; K is a multiple of 64, M of 8, or of 64 where columns are written, and
-SwiGLU's F of 128. XLA does the rest: FP32 inputs, E5M6, dh unquantised, and widening
-codes to BF16 where they are read, which costs 3 bytes each.
+Takes BF16, or FP8 codes where there are some already; K is a multiple of 64, M of 8,
+or of 64 where columns are written, and SwiGLU's F of 128. XLA does the rest: FP32
+inputs, E5M6 and dh unquantised.
 
 Shapes: M rows, K columns, Z dispatched rows, F hidden; a lower-case letter is that
 dimension divided by 128, rounded up.
@@ -121,17 +121,15 @@ def quantize_blocks(
 def requantize_columns(
   q_MK, s_kM, power_of_two, dtype, rows=None, interpret=None
 ) -> Quantized:
-  """XLA widens the codes first: 8-bit shared memory cannot be read transposed."""
-  x_MK = Matrix(q_MK.astype(jnp.bfloat16), s_kM)
-  [out] = _quantize(x_MK, [], _PLAIN, power_of_two, dtype, rows, interpret)
+  [out] = _quantize(
+    Matrix(q_MK, s_kM), [], _PLAIN, power_of_two, dtype, rows, interpret
+  )
   return out
 
 
 def _halves(h: jax.Array | Quantized) -> tuple[Matrix, Matrix]:
-  """The two halves of h's columns; codes become BF16, which holds them exactly."""
-  codes, scales = (
-    (h[0].astype(jnp.bfloat16), h[1]) if isinstance(h, tuple) else (h, None)
-  )
+  """The two halves of h's columns."""
+  codes, scales = h if isinstance(h, tuple) else (h, None)
   return Matrix(codes, scales), Matrix(codes, scales, codes.shape[1] // 2 // TILE)
 
 

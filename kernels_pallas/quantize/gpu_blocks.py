@@ -16,8 +16,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.quantize import gpu_arithmetic as arithmetic
 from kernels_pallas.quantize.gpu_arithmetic import BY_COLUMN, BY_ROW, STEP, Codes
+from kernels_pallas.quantize.gpu_read import read
 from kernels_pallas.quantize.gpu_ring import WARPGROUPS, Source, for_each_tile, swizzled
-from kernels_pallas.quantize.gpu_tiles import read
 from kernels_pallas.quantize.reference import TILE, Quantized
 
 
@@ -48,7 +48,7 @@ def quantize_blocks(
     for transposed, out_ref, row, column in ((0, q_ref, i, j), (1, qt_ref, j, i)):
       plgpu.wait_smem_to_gmem(1, wait_read_only=True)
       slot = staging.at[warpgroup, transposed]
-      x = read(block, start, 0, TILE, bool(transposed))
+      x = read(block, start, 0, TILE, bool(transposed), codes)
       slot[...] = arithmetic.divide(x, s, r, codes).astype(dtype)
       plgpu.commit_smem()
       at = pl.ds(row * TILE + start, STEP), pl.ds(column * TILE, TILE)
@@ -82,7 +82,7 @@ def _scale(block, start, maxima, known, codes: Codes) -> jax.Array:
   nobody writes to one before all have passed the barrier of the block after, and with
   that have read it.
   """
-  rows = arithmetic.amax(read(block, start, 0, TILE, False), 1, codes)
+  rows = arithmetic.amax(read(block, start, 0, TILE, False, codes), 1, codes)
   maxima[pl.ds(start, STEP)] = rows
   plgpu.barrier_arrive(known)
   plgpu.barrier_wait(known)

@@ -23,6 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.quantize import gpu_arithmetic as arithmetic
 from kernels_pallas.quantize.gpu_arithmetic import LAYOUT, STEP, Codes
+from kernels_pallas.quantize.gpu_read import read
 from kernels_pallas.quantize.gpu_ring import WARPGROUPS, Source, for_each_tile, swizzled
 from kernels_pallas.quantize.reference import TILE, Quantized
 
@@ -43,7 +44,7 @@ class Output:
 
 @dataclasses.dataclass(frozen=True)
 class Matrix:
-  """What a kernel reads: BF16, or codes held in BF16 with their 1x128 scales [k, M]."""
+  """What a kernel reads: BF16, or FP8 codes with their 1x128 scales [k, M]."""
 
   array: jax.Array
   scales: jax.Array | None = None
@@ -93,13 +94,12 @@ def quantize_tiles(
 
   def compute(place, t, tiles, scalar_refs, out_refs, scratch):
     i, j = place
-    refs = list(scalar_refs)
-    rows_ref = None if rows is None else refs.pop(0)
-    scales = [
-      None if source.scales is None else refs.pop(0).at[j + source.first]
-      for source in sources
-    ]
-    tile = _Tile(i, j, tiles, scales, gate_M is not None, rows_ref, k, codes)
+    [rows_ref] = scalar_refs or [None]
+    refs = list(tiles)
+    matrices = [refs.pop(0) for _ in sources]
+    scales = [None if x.scales is None else refs.pop(0) for x in sources]
+    [gate_ref] = refs or [None]
+    tile = _Tile(i, j, matrices, scales, gate_ref, rows_ref, k, codes)
     staging = _Staging(scratch[0], slots, t * per_tile)
     for n, output in enumerate((*by_rows, *by_columns)):
       refs = out_refs[2 * n : 2 * n + 2]
@@ -111,10 +111,7 @@ def quantize_tiles(
     compute,
     (m, k),
     _sources(sources, gate_M),
-    [
-      *([] if rows is None else [jnp.asarray(rows, jnp.int32).reshape(1)]),
-      *(_to_tiles(source.scales) for source in sources if source.scales is not None),
-    ],
+    [] if rows is None else [jnp.asarray(rows, jnp.int32).reshape(1)],
     out,
     [swizzled((WARPGROUPS, slots, STEP, TILE), dtype)],
     WARPGROUPS * slots * STEP * TILE,
@@ -129,11 +126,19 @@ def quantize_tiles(
   return quantised_rows, quantised_columns, results[-1][:, :M] if sums else None
 
 
-def _sources(matrices, gate_M) -> list[Source]:
+def _sources(matrices: Sequence[Matrix], gate_M) -> list[Source]:
+  """Tiles of all matrices, then the scales of those that have some, then the gate."""
+
   def tile_at(offset):
     return lambda i, j: (pl.ds(i * TILE, TILE), pl.ds((j + offset) * TILE, TILE))
 
+  def scales_at(offset):
+    return lambda i, j: (j + offset, pl.ds(i * TILE, TILE))
+
   sources = [Source(x.array, (TILE, TILE), tile_at(x.first)) for x in matrices]
+  for x in matrices:
+    if x.scales is not None:
+      sources.append(Source(_to_tiles(x.scales), (TILE,), scales_at(x.first)))
   if gate_M is not None:
     gate_M = _to_tiles(gate_M.astype(jnp.float32))
     sources.append(Source(gate_M, (TILE,), lambda i, j: (pl.ds(i * TILE, TILE),)))
@@ -168,9 +173,9 @@ class _Tile:
 
   m: Any
   k: Any
-  tiles: Sequence[Any]
-  scales: Sequence[Any]  # of each source, in global memory, or None
-  gated: bool
+  matrices: Sequence[Any]
+  scales: Sequence[Any]  # of each matrix's rows, or None
+  gate: Any  # of each row, or None
   rows_ref: Any
   k_tiles: int
   codes: Codes
@@ -221,31 +226,20 @@ class _Tile:
       return lax.broadcast_in_dim(of_rows, shape, (dimension,))
 
     values = []
-    for smem, scales in zip(self.tiles, self.scales):
-      value = read(smem, start, first, _CHUNK, transposed)
+    for smem, scales in zip(self.matrices, self.scales):
+      value = read(smem, start, first, _CHUNK, transposed, self.codes)
       if scales is not None:
-        of_rows = scales.at[pl.ds(self.m * TILE + row_of_tile, count)]
-        value *= spread(plgpu.load(of_rows, layout=layout, optimized=False))
+        value *= spread(plgpu.load(scales.at[at], layout=layout))
       values.append(value)
     gate = None
-    if self.gated:
-      gate = spread(plgpu.load(self.tiles[-1].at[at], layout=layout))
+    if self.gate is not None:
+      gate = spread(plgpu.load(self.gate.at[at], layout=layout))
     if self.rows_ref is not None:
       row = plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=LAYOUT)
       valid = row < self.rows_ref[0] - self.m * TILE - row_of_tile
       values = [jnp.where(valid, v, 0.0) for v in values]
       gate = None if gate is None else jnp.where(valid, gate, 0.0)
     return values, gate
-
-
-def read(smem, start, first: int, columns: int, transposed: bool) -> jax.Array:
-  """FP32 of 32 rows of a tile in shared memory, or of its transpose."""
-  rows, chunk = pl.ds(start, STEP), pl.ds(first, columns)
-  if transposed:
-    view = smem.at[chunk, rows].transpose((1, 0))
-  else:
-    view = smem.at[rows, chunk]
-  return plgpu.load(view, layout=LAYOUT).astype(jnp.float32)
 
 
 def _accumulate(op: Callable, arrays: Sequence[jax.Array]) -> jax.Array:

@@ -170,14 +170,23 @@ def test_rows_that_are_not_valid_count_as_zeros(impl, form, valid):
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("dtype", [oracle.E4M3, oracle.E5M2], ids=["e4m3", "e5m2"])
 @pytest.mark.parametrize("impl", ["reference", GPU])
-def test_requantize_columns(impl, power_of_two):
-  x = tricky((256, 384), seed=4)
-  q_MK, s_kM = oracle.rows(x, power_of_two=power_of_two)
-  plain = q_MK.astype(np.float32) * s_kM.T.repeat(128, 1)
-  requantize = compiled(qz.requantize_columns, impl, power_of_two=power_of_two)
-  got = requantize(jnp.asarray(q_MK), jnp.asarray(s_kM))
-  oracle.assert_same(got, oracle.columns(plain, power_of_two=power_of_two))
+def test_requantize_columns(impl, dtype, power_of_two):
+  """Every code in every row of a tile once, NaN too; scales over many binades."""
+  options = {"power_of_two": power_of_two, "dtype": dtype}
+  requantize = compiled(qz.requantize_columns, impl, **options)
+  for M, K in [(256, 384), (192, 576)]:
+    codes = np.arange(M * K, dtype=np.uint8).reshape(M, K).view(dtype)
+    codes[: M // 2] = oracle.rows(tricky((M // 2, K), seed=4), dtype=dtype)[0]
+    s_kM = np.random.default_rng(4).integers(-20, 20, (-(-K // 128), M))
+    s_kM = np.exp2(s_kM).astype(np.float32) * np.float32(1 if power_of_two else 1.1)
+    plain = codes.astype(np.float32) * s_kM.T.repeat(128, 1)[:, :K]
+    got = requantize(jnp.asarray(codes), jnp.asarray(s_kM))
+    oracle.assert_same(got, oracle.columns(plain, **options))
+    got = requantize(jnp.asarray(codes), jnp.asarray(s_kM), rows=M // 2 - 6)
+    plain[M // 2 - 6 :] = 0
+    oracle.assert_same(got, oracle.columns(plain, **options))
 
 
 def test_powers_of_two_change_nothing_when_tiled_twice():
