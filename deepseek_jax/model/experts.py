@@ -105,10 +105,11 @@ def _in_slots(x_MD, w13, w2, slots: Slots) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _fp8_experts(x_MD, gates_MA, d13, d2, codes, plan, recipe: Recipe):
-  return _fp8_forward(x_MD, gates_MA, d13, d2, codes, plan, recipe)[0]
+  out_MD, _ = _fp8_forward(x_MD, gates_MA, d13, d2, codes, plan, recipe, keeping=False)
+  return out_MD
 
 
-def _fp8_forward(x_MD, gates_MA, d13, d2, codes, plan, recipe):
+def _fp8_forward(x_MD, gates_MA, d13, d2, codes, plan, recipe, keeping=True):
   del d13, d2
   arrived = _arrive(recipe.rows(x_MD, power_of_two=True), [gates_MA], plan)
   if plan.routes:
@@ -116,7 +117,13 @@ def _fp8_forward(x_MD, gates_MA, d13, d2, codes, plan, recipe):
   *tokens, gates_CA = arrived
   gates_Z = d.expand_gates(gates_CA, plan)
   y_ZD, kept = ff.fp8_forward(
-    _expand(tokens, plan), gates_Z, plan.group_sizes_E, codes, recipe, x_MD.dtype
+    _expand(tokens, plan),
+    gates_Z,
+    plan.group_sizes_E,
+    codes,
+    recipe,
+    x_MD.dtype,
+    keeping,
   )
   out_MD = d.go_home(d.collapse(y_ZD, plan), plan)
   return out_MD, (tokens, gates_Z, kept, codes, plan)

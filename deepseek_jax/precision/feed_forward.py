@@ -123,13 +123,14 @@ def _fp8(x_ZD, gates_Z, sizes_E, w13: Fp8Weight, w2: Fp8Weight):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _fp8_feed_forward(x_ZD, gates_Z, d13, d2, codes, sizes_E, recipe: Recipe):
-  return _fp8_fwd(x_ZD, gates_Z, d13, d2, codes, sizes_E, recipe)[0]
+  y_ZD, _ = _fp8_fwd(x_ZD, gates_Z, d13, d2, codes, sizes_E, recipe, keeping=False)
+  return y_ZD
 
 
-def _fp8_fwd(x_ZD, gates_Z, d13, d2, codes, sizes_E, recipe):
+def _fp8_fwd(x_ZD, gates_Z, d13, d2, codes, sizes_E, recipe, keeping=True):
   del d13, d2
   x, dtype = recipe.rows(x_ZD), x_ZD.dtype
-  y_ZD, kept = fp8_forward(x, gates_Z, sizes_E, codes, recipe, dtype)
+  y_ZD, kept = fp8_forward(x, gates_Z, sizes_E, codes, recipe, dtype, keeping)
   return y_ZD, (x_ZD, kept, gates_Z, sizes_E, codes)
 
 
@@ -152,18 +153,22 @@ def fp8_forward(
   codes: tuple[WeightCodes, WeightCodes],
   recipe: Recipe,
   dtype,
-) -> tuple[jax.Array, Tiled]:
+  keeping: bool = True,
+) -> tuple[jax.Array, Tiled | None]:
   """The network on rows, by groups if there are any.
 
   Returns:
-    y_ZD in `dtype`, and SwiGLU's input in FP8 for `fp8_backward`.
+    y_ZD in `dtype`, and, unless there will be no backward pass (`keeping`), SwiGLU's
+    input in FP8 for `fp8_backward`.
   """
   (by_output13, _), (by_output2, _) = codes
   hidden_Z2F = recipe.multiply(x, by_output13, dtype, group_sizes_E)
-  activated = recipe.activate(hidden_Z2F, gates_Z)
-  y_ZD = recipe.multiply(activated, by_output2, dtype, group_sizes_E)
-  kept = recipe.rows(hidden_Z2F, power_of_two=True)
-  return y_ZD, keep(kept, "swiglu_input")
+  if keeping:
+    activated, kept = recipe.activate_and_keep(hidden_Z2F, gates_Z)
+    kept = keep(kept, "swiglu_input")
+  else:
+    activated, kept = recipe.activate(hidden_Z2F, gates_Z), None
+  return recipe.multiply(activated, by_output2, dtype, group_sizes_E), kept
 
 
 def fp8_backward(

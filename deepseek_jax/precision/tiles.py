@@ -144,6 +144,18 @@ class Recipe:
       hidden_Z2F, gates_Z, power_of_two=power_of_two
     )
 
+  def activate_and_keep(
+    self, hidden_Z2F: jax.Array, gates_Z: jax.Array | None
+  ) -> tuple[Tiled, Tiled]:
+    """`activate`, and rows of its input for `activate_backward`, read only once."""
+    if self.emulated:
+      kept = self.rows(hidden_Z2F, power_of_two=True)
+      return self.activate(hidden_Z2F, gates_Z), kept
+    power_of_two = self._power(False)
+    return quantize.swiglu_quantize(  # pyright: ignore[reportReturnType]
+      hidden_Z2F, gates_Z, with_h=True, power_of_two=power_of_two
+    )
+
   def activate_backward(
     self, hidden: Tiled, gates_Z: jax.Array | None, dy_ZF: jax.Array
   ) -> tuple[tuple[Tiled, Tiled], Tiled, jax.Array | None]:

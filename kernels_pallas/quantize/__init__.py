@@ -25,7 +25,7 @@ MN-major layout). A scale multiplies: x ~ code * s.
 | requantize_columns | 128x1 tiles from saved 1x128 tiles |
 | quantize_blocks | 128x128 blocks of a weight and of its transpose |
 | quantize_tensor | one scale for all (ablation) |
-| swiglu_quantize | silu(a) u gate, in rows or both |
+| swiglu_quantize | silu(a) u gate, in rows or both; and h in rows |
 | swiglu_quantize_backward | its gradient in both, that of the gate, and y in columns |
 | pack_e5m6, unpack_e5m6 | 12-bit floats, for the input of attention's output linear |
 
@@ -229,25 +229,29 @@ def swiglu_quantize(
   gate_Z: jax.Array | None = None,
   *,
   both: bool = False,
+  with_h: bool = False,
   power_of_two: bool = False,
   dtype: jax.typing.DTypeLike = _E4M3,
   rows: jax.Array | int | None = None,
   impl: str | None = None,
-) -> Quantized | tuple[Quantized, Quantized]:
+) -> Quantized | tuple:
   """Quantises y = silu(a) u gate, where h = [a, u]; FP32 up to the codes.
 
   Args:
     h_Z2F: BF16 or FP32, or what quantize_rows made of it.
     gate_Z: routing weight of each row, FP32; None stands for ones.
     both: whether to write columns too.
+    with_h: whether to write rows of h too, which was read anyway: as quantize_rows with
+      `power_of_two`, whatever y's scales are. For activations that are kept in FP8.
     power_of_two, dtype, rows, impl: as in quantize_rows.
 
   Returns:
-    (q_ZF, s_fZ), or with `both` that and (q_FZ, s_zF).
+    y: (q_ZF, s_fZ), or with `both` that and (q_FZ, s_zF). With `with_h` a pair: y, and
+    (q_Z2F, s_2fZ) of h.
   """
   _check_swiglu(h_Z2F, gate_Z, None)
   module = _implementation(_GPU, impl, _codes_of(h_Z2F), by_columns=both, halves=True)
-  return module.swiglu_quantize(h_Z2F, gate_Z, both, power_of_two, dtype, rows)
+  return module.swiglu_quantize(h_Z2F, gate_Z, both, power_of_two, dtype, rows, with_h)
 
 
 def swiglu_quantize_backward(

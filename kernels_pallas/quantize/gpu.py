@@ -68,6 +68,7 @@ def _plain(tiles, gate):
 
 
 _PLAIN, _SWIGLU = [Output(_plain, 1)], [Output(_swiglu, 1)]
+_INPUT = [Output(_plain, 2, power_of_two=True)]  # both halves of h
 
 
 def _quantize(x_MK: Matrix, by_rows, by_columns, power_of_two, dtype, rows, interpret):
@@ -133,24 +134,32 @@ def _halves(h: jax.Array | Quantized) -> tuple[Matrix, Matrix]:
   return Matrix(codes, scales), Matrix(codes, scales, codes.shape[1] // 2 // TILE)
 
 
-@traced_once("both", "power_of_two", "dtype", "interpret")
+@traced_once("both", "power_of_two", "dtype", "with_h", "interpret")
 def swiglu_quantize(
-  h_Z2F, gate_Z, both: bool, power_of_two, dtype, rows=None, interpret=None
-) -> Quantized | tuple[Quantized, Quantized]:
+  h_Z2F,
+  gate_Z,
+  both: bool,
+  power_of_two,
+  dtype,
+  rows=None,
+  with_h: bool = False,
+  interpret=None,
+) -> Quantized | tuple:
   a_ZF, u_ZF = _halves(h_Z2F)
   F = a_ZF.array.shape[1] // 2
   q_rows, q_columns, _ = quantize_tiles(
     [a_ZF, u_ZF],
     gate_Z,
     rows,
-    _SWIGLU,
+    _SWIGLU + (_INPUT if with_h else []),
     _SWIGLU if both else [],
     columns=F,
     power_of_two=power_of_two,
     dtype=dtype,
     interpret=interpret,
   )
-  return (q_rows[0], q_columns[0]) if both else q_rows[0]
+  y = (q_rows[0], q_columns[0]) if both else q_rows[0]
+  return (y, q_rows[1]) if with_h else y
 
 
 @traced_once("with_y", "with_dh", "power_of_two", "dtype", "interpret")

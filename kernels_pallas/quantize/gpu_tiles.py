@@ -35,11 +35,13 @@ class Output:
   """What to quantise: V values side by side (or, of the transpose, below each other).
 
   `values(tiles, gate)` makes them in FP32 from the sources' values and the gate's, and
-  with them what to sum along rows, or None.
+  with them what to sum along rows, or None. `power_of_two`: these scales are powers of
+  two even where those of other outputs are not.
   """
 
   values: Callable[..., tuple[list[jax.Array], jax.Array | None]]
   V: int
+  power_of_two: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +101,13 @@ def quantize_tiles(
     matrices = [refs.pop(0) for _ in sources]
     scales = [None if x.scales is None else refs.pop(0) for x in sources]
     [gate_ref] = refs or [None]
-    tile = _Tile(i, j, matrices, scales, gate_ref, rows_ref, k, codes)
     staging = _Staging(scratch[0], slots, t * per_tile)
     for n, output in enumerate((*by_rows, *by_columns)):
       refs = out_refs[2 * n : 2 * n + 2]
       sums_ref = out_refs[-1] if sums and n == 0 else None
+      power = power_of_two or output.power_of_two
+      of_output = dataclasses.replace(codes, power_of_two=power)
+      tile = _Tile(i, j, matrices, scales, gate_ref, rows_ref, k, of_output)
       tile.write(output, refs, sums_ref, staging, transposed=n >= len(by_rows))
       staging = dataclasses.replace(staging, used=staging.used + output.V)
 

@@ -95,10 +95,18 @@ def swiglu_backward(
 
 
 def swiglu_quantize(
-  h: jax.Array | Quantized, gate_Z, both: bool, power_of_two, dtype, rows=None
-) -> Quantized | tuple[Quantized, Quantized]:
-  y_ZF = swiglu(plain(h), gate_Z, rows)
-  return (quantize_both if both else quantize_rows)(y_ZF, power_of_two, dtype)
+  h: jax.Array | Quantized,
+  gate_Z,
+  both: bool,
+  power_of_two,
+  dtype,
+  rows=None,
+  with_h: bool = False,
+) -> Quantized | tuple:
+  h_Z2F = plain(h)
+  y_ZF = swiglu(h_Z2F, gate_Z, rows)
+  y = (quantize_both if both else quantize_rows)(y_ZF, power_of_two, dtype)
+  return (y, quantize_rows(h_Z2F, True, dtype, rows)) if with_h else y
 
 
 def swiglu_quantize_backward(

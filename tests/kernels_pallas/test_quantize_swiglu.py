@@ -168,6 +168,27 @@ def test_derivatives_are_jax_s_own():
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_rows_of_the_input_too(impl):
+  """What quantize_rows would make of it, with powers of two; y stays as it is."""
+  h, gate, dy = inputs(seed=7, dtype=jnp.bfloat16)
+  y, _, _ = exact(h, gate, dy)
+
+  @jax.jit
+  def f(h, rows):
+    return qz.swiglu_quantize(h, gate, with_h=True, rows=rows, impl=impl)
+
+  of_y, of_h = f(h.at[200:].set(jnp.nan), 200)
+  valid = np.arange(Z)[:, None] < 200
+  assert_quantised(of_y, np.where(valid, y, 0), oracle.rows)
+  clean = np.where(valid, np.asarray(h, np.float32), 0)
+  oracle.assert_same(of_h, oracle.rows(clean, power_of_two=True))
+  _, of_h = f(h.at[3, 5].set(jnp.nan), Z)
+  poisoned = np.asarray(h, np.float32)
+  poisoned[3, 5] = np.nan
+  oracle.assert_same(of_h, oracle.rows(poisoned, power_of_two=True))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_from_fp8_rows(impl):
   """Quantised h gives what its dequantised values give."""
   h, gate, dy = inputs(seed=4, dtype=jnp.bfloat16)
