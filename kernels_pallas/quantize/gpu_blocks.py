@@ -17,7 +17,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas.quantize import gpu_arithmetic as arithmetic
 from kernels_pallas.quantize.gpu_arithmetic import BY_COLUMN, BY_ROW, STEP, Codes
 from kernels_pallas.quantize.gpu_read import read
-from kernels_pallas.quantize.gpu_ring import WARPGROUPS, Source, for_each_tile, swizzled
+from kernels_pallas.quantize.gpu_ring import (
+  BAND,
+  WARPGROUPS,
+  Source,
+  for_each_tile,
+  swizzled,
+  warpgroup,
+)
 from kernels_pallas.quantize.reference import TILE, Quantized
 
 
@@ -32,14 +39,13 @@ def quantize_blocks(
   def block_at(e, i, j):
     return e, pl.ds(i * TILE, TILE), pl.ds(j * TILE, TILE)
 
-  def compute(place, t, tiles, _, out_refs, scratch):
+  def compute(place, t, tiles, release, _, out_refs, scratch):
     (e, i, j), [block], (q_ref, qt_ref, s_ref) = place, tiles, out_refs
     staging, maxima, known = scratch
-    warpgroup = lax.axis_index("warpgroup")
-    start = warpgroup * STEP
+    start = warpgroup() * STEP
     s = _scale(block, start, maxima.at[lax.rem(t, 2)], known, codes)
 
-    @pl.when(warpgroup == 0)
+    @pl.when(start == 0)
     def store_scale():
       s_ref[e, i, j] = s
 
@@ -47,8 +53,10 @@ def quantize_blocks(
     r = arithmetic.reciprocals(s, codes)
     for transposed, out_ref, row, column in ((0, q_ref, i, j), (1, qt_ref, j, i)):
       plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-      slot = staging.at[warpgroup, transposed]
+      slot = staging.at[warpgroup(), transposed]
       x = read(block, start, 0, TILE, bool(transposed), codes)
+      if transposed:
+        release()
       slot[...] = arithmetic.divide(x, s, r, codes).astype(dtype)
       plgpu.commit_smem()
       at = pl.ds(row * TILE + start, STEP), pl.ds(column * TILE, TILE)
@@ -64,13 +72,14 @@ def quantize_blocks(
       jax.ShapeDtypeStruct((E, N, K), dtype),
       jax.ShapeDtypeStruct((E, k, n), jnp.float32),
     ],
-    [
-      swizzled((WARPGROUPS, 2, STEP, TILE), dtype),
-      plgpu.SMEM((2, TILE), jnp.float32),
-      plgpu.Barrier(num_arrivals=WARPGROUPS),
+    lambda teams: [
+      swizzled((teams, WARPGROUPS, 2, STEP, TILE), dtype),
+      plgpu.SMEM((teams, 2, TILE), jnp.float32),
+      plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=teams),
     ],
     WARPGROUPS * 2 * STEP * TILE + 2 * TILE * 4,
     interpret,
+    band=BAND,
   )
   return (q_EKN, s_Ekn), (q_ENK, s_Ekn.swapaxes(1, 2))
 

@@ -1,10 +1,13 @@
 """A persistent loop over tiles on Hopper, with TMA loads running ahead.
 
-One thread block of four warpgroups lives on each SM, or two where shared memory holds
-both; together they take turns at the tiles. Tiles of the sources arrive in a ring of
-shared memory, filled by the first warpgroup as slots come free, so that loads go on
-while all four compute; results leave by TMA too. Four warpgroups also bound the
-registers of a thread to 128, which the compiler would otherwise exceed.
+One thread block lives on each SM: a team of four warpgroups, or two that share nothing
+where shared memory holds what both need. All teams take turns at the tiles. Tiles of
+the sources arrive in a ring of shared memory, filled by a team's first warpgroup as
+slots come free, so that loads go on while all four compute; results leave by TMA too.
+
+Two teams are not two blocks because a block bounds the registers of its threads, to 64
+for two teams and 128 for one; of a smaller block the compiler uses more registers than
+allow a second one beside it.
 """
 
 import dataclasses
@@ -20,14 +23,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper
 
-WARPGROUPS = 4
-_BLOCKS = 2  # thread blocks on an SM, where shared memory suffices
+WARPGROUPS = 4  # of a team
+_TEAMS = 2  # on an SM, where shared memory suffices
 # No barriers of the compiler's own: TMA writes shared memory that threads read, threads
 # write what TMA reads after commit_smem, and what threads exchange passes a barrier.
 PARAMS = plgpu.CompilerParams(
   approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=True
 )
 SWIZZLE = 64  # bytes of a row that TMA spreads over the banks together
+# Rows of tiles to go through together where a transpose is written, column by column:
+# tiles at work at one time then lie in a square, not in a row, which would be a column
+# of the transpose, 128 bytes of each of its rows.
+BAND = 16
 _SHARED_BYTES = 225 * 1024  # of an SM's 227, for rings and what a kernel asks for
 
 
@@ -50,22 +57,26 @@ def for_each_tile(
   sources: Sequence[Source],
   scalars: Sequence[jax.Array],
   out: Sequence[jax.ShapeDtypeStruct],
-  scratch: Sequence[Any],
+  scratch: Callable[[int], Sequence[Any]],
   scratch_bytes: int,
   interpret=None,
+  band: int = 1,
 ) -> Sequence[jax.Array]:
-  """Calls compute(tile, t, slots, scalars, outputs, scratch) for every tile of a grid.
+  """Calls compute(tile, t, slots, release, scalars, outputs, scratch) for every tile.
 
-  `tile` is its index in the grid, t counts the tiles of this SM, `slots` are the
-  sources' tiles in shared memory, the others are references.
+  `tile` is its index in the grid, t counts the tiles of this team, `slots` are the
+  sources' tiles in shared memory, the others are references. Every warpgroup calls
+  `release()` once, when it has read what it needs of the slots. Tiles are taken in the
+  grid's order, by `band` rows at a time. `scratch(teams)` are the types of what else
+  lies in shared memory, with a first dimension for teams, in `scratch_bytes` for each.
   """
   tiles = math.prod(grid)
   bytes_each = sum(source.tile_bytes for source in sources)
-  fits = _BLOCKS * (scratch_bytes + 2 * bytes_each) <= _SHARED_BYTES
-  blocks = _BLOCKS if fits else 1
-  stages = min(6, (_SHARED_BYTES // blocks - scratch_bytes) // bytes_each)
+  fits = _TEAMS * (scratch_bytes + 2 * bytes_each) <= _SHARED_BYTES
+  teams = _TEAMS if fits else 1
+  stages = min(6, (_SHARED_BYTES // teams - scratch_bytes) // bytes_each)
   sms = hopper.streaming_multiprocessors() if interpret is None else 2
-  workers = min(tiles, blocks * sms)
+  blocks = min(pl.cdiv(tiles, teams), sms)
 
   def body(*refs):
     refs = list(refs)
@@ -74,21 +85,21 @@ def for_each_tile(
     out_refs = [refs.pop(0) for _ in out]
     rings = [refs.pop(0) for _ in sources]
     filled, free = refs.pop(-2), refs.pop(-1)
-    mine = lax.div(tiles - lax.axis_index("worker") + workers - 1, workers)
-    first = lax.axis_index("warpgroup") == 0
+    team = lax.div(lax.axis_index("warpgroup"), WARPGROUPS)
+    number = team * blocks + lax.axis_index("block")  # of this team among all
+    mine = lax.div(tiles - number + teams * blocks - 1, teams * blocks)
+    first = warpgroup() == 0
 
     def tile_of(t):
-      index = lax.axis_index("worker") + t * workers
-      place = []
-      for size in reversed(grid):
-        place.append(lax.rem(index, size))
-        index = lax.div(index, size)
-      return tuple(reversed(place))
+      return _place(number + t * teams * blocks, grid, band)
+
+    def slot_of(t):
+      return team * stages + lax.rem(t, stages)
 
     def fetch(t):
       @pl.when(t < mine)
       def copy():
-        slot = lax.rem(t, stages)
+        slot = slot_of(t)
         for source, array, ring in zip(sources, arrays, rings):
           plgpu.copy_gmem_to_smem(
             array.at[source.at(*tile_of(t))], ring.at[slot], filled.at[slot]
@@ -104,20 +115,28 @@ def for_each_tile(
       def refill():
         @pl.when(t > 0)
         def wait():  # all have read the tile before
-          plgpu.barrier_wait(free.at[lax.rem(t - 1, stages)])
+          plgpu.barrier_wait(free.at[slot_of(t - 1)])
 
         fetch(t + stages - 1)
 
-      slot = lax.rem(t, stages)
+      slot = slot_of(t)
       plgpu.barrier_wait(filled.at[slot])
-      compute(tile_of(t), t, [r.at[slot] for r in rings], scalar_refs, out_refs, refs)
-      plgpu.barrier_arrive(free.at[slot])
+
+      def release():
+        # All threads arrive, each after its own loads, and an arrival releases: what
+        # TMA writes once all have arrived cannot be seen by loads before. A warpgroup
+        # cannot be two phases behind: `filled` completes anew only after its arrival.
+        plgpu.barrier_arrive(free.at[slot])
+
+      slots = [ring.at[slot] for ring in rings]
+      ours = [ref.at[team] for ref in refs]
+      compute(tile_of(t), t, slots, release, scalar_refs, out_refs, ours)
 
     lax.fori_loop(0, mine, one_tile, None)
 
-    @pl.when(first)
+    @pl.when(first & (mine > 0))
     def drain():
-      plgpu.barrier_wait(free.at[lax.rem(mine - 1, stages)])
+      plgpu.barrier_wait(free.at[slot_of(mine - 1)])
 
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -125,22 +144,41 @@ def for_each_tile(
     body,
     out_type=list(out),
     scratch_types=[
-      *[_ring(source, stages) for source in sources],
-      *scratch,
-      plgpu.Barrier(num_arrivals=len(sources), num_barriers=stages),
-      plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
+      *[_ring(source, teams * stages) for source in sources],
+      *scratch(teams),
+      plgpu.Barrier(num_arrivals=len(sources), num_barriers=teams * stages),
+      plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=teams * stages),
     ],
-    grid=(workers,),
-    grid_names=("worker",),
-    num_threads=WARPGROUPS,
+    grid=(blocks,),
+    grid_names=("block",),
+    num_threads=teams * WARPGROUPS,
     thread_name="warpgroup",
     compiler_params=PARAMS,
     interpret=interpret,
   )(*[source.array for source in sources], *scalars)
 
 
-def _ring(source: Source, stages: int):
-  shape = (stages, *source.shape)
+def warpgroup() -> jax.Array:
+  """The number of this warpgroup in its team."""
+  return lax.rem(lax.axis_index("warpgroup"), WARPGROUPS)
+
+
+def _place(index, grid: tuple[int, ...], band: int) -> tuple:
+  """A tile's place in the grid, whose last two dimensions are those of a matrix."""
+  *lead, rows, columns = grid
+  index, i = lax.div(index, rows * columns), lax.rem(index, rows * columns)
+  above = lax.div(i, band * columns) * band
+  i -= above * columns
+  height = jnp.minimum(band, rows - above) if band > 1 else 1
+  place = [lax.div(i, height), above + lax.rem(i, height)]
+  for size in reversed(lead):
+    place.append(lax.rem(index, size))
+    index = lax.div(index, size)
+  return tuple(reversed(place))
+
+
+def _ring(source: Source, slots: int):
+  shape = (slots, *source.shape)
   if len(source.shape) == 1:
     return plgpu.SMEM(shape, source.array.dtype)
   return swizzled(shape, source.array.dtype)

@@ -24,7 +24,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas.quantize import gpu_arithmetic as arithmetic
 from kernels_pallas.quantize.gpu_arithmetic import LAYOUT, STEP, Codes
 from kernels_pallas.quantize.gpu_read import read
-from kernels_pallas.quantize.gpu_ring import WARPGROUPS, Source, for_each_tile, swizzled
+from kernels_pallas.quantize.gpu_ring import (
+  BAND,
+  WARPGROUPS,
+  Source,
+  for_each_tile,
+  swizzled,
+  warpgroup,
+)
 from kernels_pallas.quantize.reference import TILE, Quantized
 
 _CHUNK = 64  # columns computed at once, to need few registers
@@ -82,8 +89,9 @@ def quantize_tiles(
   """
   M, K = sources[0].array.shape[0], columns
   m, k = pl.cdiv(M, TILE), pl.cdiv(K, TILE)
-  slots = max(2, *(output.V for output in (*by_rows, *by_columns)))
-  per_tile = sum(output.V for output in (*by_rows, *by_columns))
+  outputs = *by_rows, *by_columns
+  slots = max(2, *(output.V for output in outputs))
+  per_tile = sum(output.V for output in outputs)
   codes = Codes(jnp.dtype(dtype), power_of_two, interpreted=interpret is not None)
   out = []  # scales are written for whole tiles
   for output in by_rows:
@@ -94,7 +102,7 @@ def quantize_tiles(
     out.append(jax.ShapeDtypeStruct((m, output.V * k * TILE), jnp.float32))
   out += [jax.ShapeDtypeStruct((k, m * TILE), jnp.float32)] if sums else []
 
-  def compute(place, t, tiles, scalar_refs, out_refs, scratch):
+  def compute(place, t, tiles, release, scalar_refs, out_refs, scratch):
     i, j = place
     [rows_ref] = scalar_refs or [None]
     refs = list(tiles)
@@ -102,13 +110,16 @@ def quantize_tiles(
     scales = [None if x.scales is None else refs.pop(0) for x in sources]
     [gate_ref] = refs or [None]
     staging = _Staging(scratch[0], slots, t * per_tile)
-    for n, output in enumerate((*by_rows, *by_columns)):
+    for n, output in enumerate(outputs):
       refs = out_refs[2 * n : 2 * n + 2]
       sums_ref = out_refs[-1] if sums and n == 0 else None
       power = power_of_two or output.power_of_two
       of_output = dataclasses.replace(codes, power_of_two=power)
       tile = _Tile(i, j, matrices, scales, gate_ref, rows_ref, k, of_output)
-      tile.write(output, refs, sums_ref, staging, transposed=n >= len(by_rows))
+      last = n == len(outputs) - 1
+      tile.write(
+        output, refs, sums_ref, staging, n >= len(by_rows), release if last else None
+      )
       staging = dataclasses.replace(staging, used=staging.used + output.V)
 
   results = for_each_tile(
@@ -117,9 +128,10 @@ def quantize_tiles(
     _sources(sources, gate_M),
     [] if rows is None else [jnp.asarray(rows, jnp.int32).reshape(1)],
     out,
-    [swizzled((WARPGROUPS, slots, STEP, TILE), dtype)],
+    lambda teams: [swizzled((teams, WARPGROUPS, slots, STEP, TILE), dtype)],
     WARPGROUPS * slots * STEP * TILE,
     interpret,
+    band=BAND if by_columns else 1,
   )
   pairs = list(zip(results[::2], results[1::2]))
   edge = len(by_rows)
@@ -168,7 +180,7 @@ class _Staging:
 
   def slot(self, index: int):
     at = lax.rem(self.used + index, self.slots)
-    return self.ref.at[lax.axis_index("warpgroup"), at]
+    return self.ref.at[warpgroup(), at]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,15 +196,20 @@ class _Tile:
   k_tiles: int
   codes: Codes
 
-  def write(self, output: Output, refs, sums_ref, staging, transposed: bool) -> None:
-    """Computes, quantises and stores this warpgroup's share of one output."""
+  def write(
+    self, output: Output, refs, sums_ref, staging, transposed: bool, release
+  ) -> None:
+    """Computes, quantises and stores this warpgroup's share of one output; calls
+    `release`, if there is one, when the sources have been read."""
     q_ref, s_ref = refs
-    start = lax.axis_index("warpgroup") * STEP
+    start = warpgroup() * STEP
     across, along = (self.k, self.m) if transposed else (self.m, self.k)
     of_chunk = [
       output.values(*self._read(start, first, transposed))
       for first in range(0, TILE, _CHUNK)
     ]
+    if release is not None:
+      release()
     if sums_ref is not None:
       at = pl.ds(across * TILE + start, STEP)
       terms = [term for _, term in of_chunk if term is not None]

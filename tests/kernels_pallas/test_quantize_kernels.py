@@ -115,7 +115,7 @@ def many(form, x, q, gate, dy):
 def test_many_tiles_in_quick_succession(form):
   """Thousands of tiles, in which 7 rows of tiles repeat, give what these give alone.
 
-  With 35 or 70 different tiles, and 132 or 264 blocks that take turns at them, a slot
+  With 35 or 70 different tiles, and 132 or 264 teams that take turns at them, a slot
   of shared memory never held before what it ought to hold.
   """
   period, repeats, width = 7 * 128, 48, 1280
