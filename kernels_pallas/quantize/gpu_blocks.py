@@ -39,7 +39,7 @@ def quantize_blocks(
   def block_at(e, i, j):
     return e, pl.ds(i * TILE, TILE), pl.ds(j * TILE, TILE)
 
-  def compute(place, t, tiles, release, _, out_refs, scratch):
+  def compute(place, t, tiles, _, out_refs, scratch):
     (e, i, j), [block], (q_ref, qt_ref, s_ref) = place, tiles, out_refs
     staging, maxima, known = scratch
     start = warpgroup() * STEP
@@ -55,8 +55,6 @@ def quantize_blocks(
       plgpu.wait_smem_to_gmem(1, wait_read_only=True)
       slot = staging.at[warpgroup(), transposed]
       x = read(block, start, 0, TILE, bool(transposed), codes)
-      if transposed:
-        release()
       slot[...] = arithmetic.divide(x, s, r, codes).astype(dtype)
       plgpu.commit_smem()
       at = pl.ds(row * TILE + start, STEP), pl.ds(column * TILE, TILE)

@@ -62,11 +62,11 @@ def for_each_tile(
   interpret=None,
   band: int = 1,
 ) -> Sequence[jax.Array]:
-  """Calls compute(tile, t, slots, release, scalars, outputs, scratch) for every tile.
+  """Calls compute(tile, t, slots, scalars, outputs, scratch) for every tile of a grid.
 
   `tile` is its index in the grid, t counts the tiles of this team, `slots` are the
-  sources' tiles in shared memory, the others are references. Every warpgroup calls
-  `release()` once, when it has read what it needs of the slots. Tiles are taken in the
+  sources' tiles in shared memory, the others are references. It calls `commit_smem`
+  after its last load from a slot: TMA may write there next. Tiles are taken in the
   grid's order, by `band` rows at a time. `scratch(teams)` are the types of what else
   lies in shared memory, with a first dimension for teams, in `scratch_bytes` for each.
   """
@@ -121,16 +121,12 @@ def for_each_tile(
 
       slot = slot_of(t)
       plgpu.barrier_wait(filled.at[slot])
-
-      def release():
-        # All threads arrive, each after its own loads, and an arrival releases: what
-        # TMA writes once all have arrived cannot be seen by loads before. A warpgroup
-        # cannot be two phases behind: `filled` completes anew only after its arrival.
-        plgpu.barrier_arrive(free.at[slot])
-
       slots = [ring.at[slot] for ring in rings]
       ours = [ref.at[team] for ref in refs]
-      compute(tile_of(t), t, slots, release, scalar_refs, out_refs, ours)
+      compute(tile_of(t), t, slots, scalar_refs, out_refs, ours)
+      # All threads arrive, each after its loads and the fence of its last commit_smem,
+      # without which TMA's writes would not be ordered after those loads.
+      plgpu.barrier_arrive(free.at[slot])
 
     lax.fori_loop(0, mine, one_tile, None)
 

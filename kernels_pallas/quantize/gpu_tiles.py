@@ -102,7 +102,7 @@ def quantize_tiles(
     out.append(jax.ShapeDtypeStruct((m, output.V * k * TILE), jnp.float32))
   out += [jax.ShapeDtypeStruct((k, m * TILE), jnp.float32)] if sums else []
 
-  def compute(place, t, tiles, release, scalar_refs, out_refs, scratch):
+  def compute(place, t, tiles, scalar_refs, out_refs, scratch):
     i, j = place
     [rows_ref] = scalar_refs or [None]
     refs = list(tiles)
@@ -116,10 +116,7 @@ def quantize_tiles(
       power = power_of_two or output.power_of_two
       of_output = dataclasses.replace(codes, power_of_two=power)
       tile = _Tile(i, j, matrices, scales, gate_ref, rows_ref, k, of_output)
-      last = n == len(outputs) - 1
-      tile.write(
-        output, refs, sums_ref, staging, n >= len(by_rows), release if last else None
-      )
+      tile.write(output, refs, sums_ref, staging, transposed=n >= len(by_rows))
       staging = dataclasses.replace(staging, used=staging.used + output.V)
 
   results = for_each_tile(
@@ -196,11 +193,8 @@ class _Tile:
   k_tiles: int
   codes: Codes
 
-  def write(
-    self, output: Output, refs, sums_ref, staging, transposed: bool, release
-  ) -> None:
-    """Computes, quantises and stores this warpgroup's share of one output; calls
-    `release`, if there is one, when the sources have been read."""
+  def write(self, output: Output, refs, sums_ref, staging, transposed: bool) -> None:
+    """Computes, quantises and stores this warpgroup's share of one output."""
     q_ref, s_ref = refs
     start = warpgroup() * STEP
     across, along = (self.k, self.m) if transposed else (self.m, self.k)
@@ -208,8 +202,6 @@ class _Tile:
       output.values(*self._read(start, first, transposed))
       for first in range(0, TILE, _CHUNK)
     ]
-    if release is not None:
-      release()
     if sums_ref is not None:
       at = pl.ds(across * TILE + start, STEP)
       terms = [term for _, term in of_chunk if term is not None]
