@@ -41,6 +41,10 @@ def swiglu_rows(h, gate, impl):
   return qz.swiglu_quantize(h, gate, impl=impl)
 
 
+def swiglu_and_kept(h, gate, impl):
+  return qz.swiglu_quantize(h, gate, with_h=True, impl=impl)
+
+
 def swiglu_both(h, gate, impl):
   return qz.swiglu_quantize(h, gate, both=True, impl=impl)
 
@@ -51,6 +55,11 @@ def swiglu_backward(h, gate, dy, impl):
 
 def matrix(key, *shape):
   return (jax.random.normal(key, shape, jnp.bfloat16),)
+
+
+def kept(key, *shape):
+  x = jax.random.normal(key, shape, jnp.bfloat16)
+  return qz.quantize_rows(x, power_of_two=True)
 
 
 def gated(key, Z, F):
@@ -64,6 +73,11 @@ def gated_with_gradient(key, Z, F):
   return *gated(keys[0], Z, F), jax.random.normal(keys[1], (Z, F), jnp.bfloat16)
 
 
+def kept_with_gradient(key, Z, F):
+  h, gate, dy = gated_with_gradient(key, Z, F)
+  return qz.quantize_rows(h, power_of_two=True), gate, dy
+
+
 # Name: function, maker of inputs, shapes. The first are M x K of V3's linears, blocks
 # are a dense weight and 8 experts, SwiGLU an expert's rows and the dense layers' width.
 CASES = {
@@ -71,16 +85,23 @@ CASES = {
   "columns": (qz.quantize_columns, matrix, [(4096, 7168), (8192, 7168)]),
   "both": (qz.quantize_both, matrix, [(4096, 7168), (8192, 7168), (8192, 16384)]),
   "both, 2^n": (both_with_powers, matrix, [(8192, 7168)]),
+  "columns of codes": (qz.requantize_columns, kept, [(8192, 7168), (32768, 7168)]),
   "blocks": (
     qz.quantize_blocks,
     matrix,
     [(4096, 7168), (7168, 18432), (8, 7168, 4096)],
   ),
   "swiglu rows": (swiglu_rows, gated, [(32768, 2048), (4096, 18432)]),
+  "swiglu, h kept": (swiglu_and_kept, gated, [(32768, 2048), (4096, 18432)]),
   "swiglu both": (swiglu_both, gated, [(32768, 2048), (4096, 18432)]),
   "swiglu backward": (
     swiglu_backward,
     gated_with_gradient,
+    [(32768, 2048), (4096, 18432)],
+  ),
+  "swiglu backward of codes": (
+    swiglu_backward,
+    kept_with_gradient,
     [(32768, 2048), (4096, 18432)],
   ),
 }
@@ -148,7 +169,7 @@ def report(name, function, make, shape, flags):
   ours_s = seconds(ours, inputs, flags)
   xla_s = seconds(theirs, inputs, flags)
   print(
-    f"{name:16s} {'x'.join(map(str, shape)):12s} {moved / 1e6:7.0f} MB "
+    f"{name:24s} {'x'.join(map(str, shape)):12s} {moved / 1e6:7.0f} MB "
     f"ours {ours_s * 1e3:7.3f} ms {moved / ours_s / 1e9:6.0f} GB/s "
     f"{copy_s / ours_s:5.2f} of copy ({moved / copy_s / 1e9:.0f}) "
     f"XLA {xla_s * 1e3:7.3f} ms {copy_s / xla_s:5.2f} of copy {checked}",
