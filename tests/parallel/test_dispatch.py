@@ -261,3 +261,18 @@ def test_bounds():
   assert d.row_bound(100, 8, 4, 64, 1.0) == 800
   assert d.row_bound(100, 8, 4, 2, math.inf) == 800  # two local experts at most
   assert d.row_bound(100, 8, 4, 2, 8.0) == 800
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.bfloat16, jnp.float32])
+def test_rows_are_taken_in_words_on_gpus(dtype, monkeypatch):
+  """Bit for bit, NaN included, zero past the end; odd widths too."""
+  source = jnp.array([3, 0, 7, 5, 5, 6])
+  for width in (8, 6, 3):
+    x = jax.random.normal(jax.random.key(width), (7, width)).astype(dtype)
+    x = x.at[0, 1].set(jnp.nan)
+    want = np.asarray(d._take(x, source))
+    with monkeypatch.context() as patch:
+      patch.setattr(d, "target_platform", lambda: "gpu")
+      got = np.asarray(jax.jit(d._take)(x, source))
+    assert got.tobytes() == want.tobytes()
+    assert not want[2].any()
