@@ -1,7 +1,11 @@
-"""Loss curves of runs against one of them, step by step, from their metrics.jsonl.
+"""Loss curves of runs against a base, step by step, from their metrics.jsonl.
 
     python -m experiments.benchmarks.compare_runs --base runs/bf16 --others runs/fp8 \
       [--skip WARMUP] [--window 50] [--bound 0.0025] [--biases] [--out curves.png]
+
+Several bases, such as runs that differ only in roundings, count as one with their mean
+loss at each step; each of them is then compared with that mean as well, which shows
+how far roundings alone take runs apart.
 
 Runs that are still under way are compared as far as all have come. Both losses are
 smoothed by the mean of the last `--window` steps, then divided; a window counts when
@@ -13,6 +17,7 @@ step. Left out: whether each update was the same, as only their sums are kept.
 """
 
 import argparse
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +65,20 @@ class Comparison:
 def losses(records: Records) -> dict[int, float]:
   """Loss by step, without steps whose loss was not finite."""
   return {r["step"]: r["loss"] for r in records if r["loss"] is not None}
+
+
+def mean_of(runs: list[Records]) -> Records:
+  """One run of mean losses, of the steps that all have finite losses of."""
+  by_step = [{r["step"]: r for r in run if r["loss"] is not None} for run in runs]
+  found = []
+  for step in sorted(set.intersection(*map(set, by_step))):
+    same = [run[step] for run in by_step]
+    record = {"step": step, "learning_rate": same[0]["learning_rate"]}
+    record["loss"] = statistics.fmean(r["loss"] for r in same)
+    if all(r.get("validation_loss") for r in same):
+      record["validation_loss"] = statistics.fmean(r["validation_loss"] for r in same)
+    found.append(record)
+  return found
 
 
 def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -174,11 +193,12 @@ def compare_biases(base: Path, other: Path) -> str:
 def draw(
   runs: dict[str, Records],
   found: dict[str, Comparison],
+  base: str,
   window: int,
   bound: float,
   path: Path,
 ) -> None:
-  """Smoothed losses, and below them the relative differences; the base is first."""
+  """Smoothed losses, and below them the relative differences to the base."""
   figure, (above, below) = plt.subplots(
     2, 1, figsize=(7, 6), sharex=True, height_ratios=(3, 2), layout="constrained"
   )
@@ -193,7 +213,6 @@ def draw(
   for limit in (-bound, bound):
     below.axhline(100 * limit, color="black", linestyle=":", linewidth=1)
   above.set(ylabel=f"loss, nats (mean of {window} steps)")
-  base = next(iter(runs))
   below.set(xlabel="step", ylabel=f"% above {base}")
   for axis in (above, below):
     axis.grid(alpha=0.3)
@@ -204,7 +223,7 @@ def draw(
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-  parser.add_argument("--base", required=True, type=Path, help="workdir")
+  parser.add_argument("--base", required=True, type=Path, nargs="+", help="workdirs")
   parser.add_argument("--others", required=True, type=Path, nargs="+", help="workdirs")
   parser.add_argument(
     "--skip", type=int, help="steps of the warm-up; default: the base's, by its rate"
@@ -220,26 +239,34 @@ def main(arguments: list[str] | None = None) -> None:
   args = parse(arguments)
   if args.biases:
     jax.config.update("jax_platforms", "cpu")
-  runs = {f.name: read_metrics(f) for f in (args.base, *args.others)}
-  if len(runs) <= len(args.others):
+  if args.biases and len(args.base) > 1:
+    raise SystemExit("error: --biases compares with one run, give one --base")
+  folders = [*args.base, *args.others]
+  runs = {f.name: read_metrics(f) for f in folders}
+  if len(runs) < len(folders):
     raise SystemExit("error: two workdirs have one name, which labels their curves")
   for label, records in runs.items():
     if not records:
       raise SystemExit(f"error: {label} has no metrics.jsonl yet")
-  base, skip = runs[args.base.name], args.skip
+  name, base, others = args.base[0].name, runs[args.base[0].name], args.others
+  if len(args.base) > 1:
+    name = "the mean of " + " and ".join(f.name for f in args.base)
+    base, others = mean_of([runs[f.name] for f in args.base]), folders
+  skip = args.skip
   if skip is None:
     skip = warm_up_end(base)
   for label, records in runs.items():
     print(summarise(label, records, base))
-  print(f"against {args.base.name}, after step {skip}:")
+  print(f"against {name}, after step {skip}:")
   found = {}
-  for other in args.others:
+  for other in others:
     found[other.name] = compare(base, runs[other.name], skip, args.window)
     print(describe(other.name, found[other.name], args.window, args.bound))
     if args.biases:
-      print(compare_biases(args.base, other))
+      print(compare_biases(args.base[0], other))
   if args.out:
-    draw(runs, found, args.window, args.bound, args.out)
+    label = name if len(args.base) == 1 else "the bases' mean"
+    draw(runs, found, label, args.window, args.bound, args.out)
     print(f"figure: {args.out}")
 
 

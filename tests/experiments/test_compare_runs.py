@@ -94,6 +94,23 @@ def test_what_is_printed_and_drawn(tmp_path, capsys):
   assert "bound of 0.1%: FAILS" in capsys.readouterr().out
 
 
+def test_several_bases_are_their_mean(tmp_path, capsys):
+  scales = {"a": 1.002, "b": 0.998, "fp8": 1.001}
+  folders = [
+    str(write(tmp_path / name, records(LOSSES * scale, validation_loss=4 * scale)))
+    for name, scale in scales.items()
+  ]
+  command = ["--base", *folders[:2], "--others", folders[2], "--window", "5"]
+  compare_runs.main([*command, "--out", str(tmp_path / "curves.png")])
+  printed = capsys.readouterr().out
+  assert "against the mean of a and b, after step 10" in printed
+  for difference in ("+0.2000", "-0.2000", "+0.1000"):  # of a, b and fp8
+    assert f"{difference}% on average" in printed
+  assert "validation at step 40: 4.0040 (+0.100%)" in printed
+  with pytest.raises(SystemExit, match="give one --base"):
+    compare_runs.main([*command, "--biases"])
+
+
 def save(folder: Path, config: Config, shift: float, step: int = 7) -> Path:
   """A workdir whose checkpoint has one bias that is `shift` away from the others."""
   workdir.claim(config, folder)
