@@ -35,7 +35,7 @@ dtype do not suit that):
 | name | runs on | what |
 |---|---|---|
 | reference | everywhere | plain jnp: the meaning, and what CPU runs |
-| gpu | NVIDIA Hopper | Mosaic GPU kernels for all that quantises to FP8, from BF16 |
+| gpu | NVIDIA Hopper | Mosaic GPU kernels for all that makes FP8 of BF16 or of FP8 |
 | tpu | TPU | a Pallas kernel for rows, columns and both |
 
 The rest is left to XLA, as is what `unsupported` of a kernel's module refuses: `gpu`

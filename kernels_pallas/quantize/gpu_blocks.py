@@ -1,6 +1,6 @@
 """128x128 blocks of weights on Hopper, codes of both layouts in one pass.
 
-Each of the four warpgroups finds the largest magnitude of 32 rows of a block; they
+Each of a team's four warpgroups finds the largest magnitude of 32 rows of a block; they
 exchange these through shared memory, then each writes 32 rows of codes, and 32 of the
 transpose's.
 

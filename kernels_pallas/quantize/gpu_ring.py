@@ -31,9 +31,9 @@ PARAMS = plgpu.CompilerParams(
   approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=True
 )
 SWIZZLE = 64  # bytes of a row that TMA spreads over the banks together
-# Rows of tiles to go through together where a transpose is written, column by column:
-# tiles at work at one time then lie in a square, not in a row, which would be a column
-# of the transpose, 128 bytes of each of its rows.
+# Rows of tiles that are gone through together, column by column, where a transpose is
+# written: of a whole row of tiles at a time, each row of the transpose would be written
+# in pieces of 128 bytes, far apart for DRAM. What it gains is not measured.
 BAND = 16
 _SHARED_BYTES = 225 * 1024  # of an SM's 227, for rings and what a kernel asks for
 

@@ -1,11 +1,11 @@
 """1x128 and 128x1 tiles on Hopper: the kernel behind every tile quantiser.
 
 A 128x128 tile of each source lies in shared memory (`gpu_ring`). Each of the four
-warpgroups takes 32 of its rows and, where columns are wanted too, 32 rows of its
-transpose, which `ldmatrix` reads transposed: in either direction a tile of 128 values
-is a row, and four lanes hold it. So one piece of code serves both, and what is computed
-from the sources (SwiGLU) is computed twice rather than transposed in FP32. Ragged edges
-are padded with zeros by TMA on the way in and dropped on the way out.
+warpgroups of a team takes 32 of its rows and, where columns are wanted too, 32 rows of
+its transpose, transposed as they are read (`gpu_read`): in either direction a tile of
+128 values is a row, and four lanes hold it. So one piece of code serves both, and what
+is computed from the sources (SwiGLU) is computed twice rather than transposed in FP32.
+Ragged edges are padded with zeros by TMA on the way in and dropped on the way out.
 
 Shapes: M rows, K columns; a lower-case letter is that dimension divided by 128,
 rounded up. V is the number of values computed at each position.

@@ -173,7 +173,7 @@ def test_rows_that_are_not_valid_count_as_zeros(impl, form, valid):
 @pytest.mark.parametrize("dtype", [oracle.E4M3, oracle.E5M2], ids=["e4m3", "e5m2"])
 @pytest.mark.parametrize("impl", ["reference", GPU])
 def test_requantize_columns(impl, dtype, power_of_two):
-  """Every code in every row of a tile once, NaN too; scales over many binades."""
+  """Codes of values, below them every code there is, NaN too, and many scales."""
   options = {"power_of_two": power_of_two, "dtype": dtype}
   requantize = compiled(qz.requantize_columns, impl, **options)
   for M, K in [(256, 384), (192, 576)]:
