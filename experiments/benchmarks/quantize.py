@@ -167,20 +167,22 @@ def report(name, function, make, shape, flags):
     checked = differences(jax.jit(ours)(*inputs[0]), jax.jit(theirs)(*inputs[0]))
   copy_s = _copy_seconds(moved, flags.calls, flags.runs)
   ours_s = seconds(ours, inputs, flags)
-  xla_s = seconds(theirs, inputs, flags)
-  print(
+  line = (
     f"{name:24s} {'x'.join(map(str, shape)):12s} {moved / 1e6:7.0f} MB "
     f"ours {ours_s * 1e3:7.3f} ms {moved / ours_s / 1e9:6.0f} GB/s "
     f"{copy_s / ours_s:5.2f} of copy ({moved / copy_s / 1e9:.0f}) "
-    f"XLA {xla_s * 1e3:7.3f} ms {copy_s / xla_s:5.2f} of copy {checked}",
-    flush=True,
   )
+  if flags.xla:
+    xla_s = seconds(theirs, inputs, flags)
+    line += f"XLA {xla_s * 1e3:7.3f} ms {copy_s / xla_s:5.2f} of copy "
+  print(line + checked, flush=True)
 
 
 def main():
   parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
   parser.add_argument("--check", action="store_true", help="compare values first")
   parser.add_argument("--only", help="operations whose name has this in it")
+  parser.add_argument("--no-xla", dest="xla", action="store_false", help="faster")
   parser.add_argument("--first", action="store_true", help="only each first shape")
   parser.add_argument("--runs", type=int, default=15, help="runs behind a median")
   parser.add_argument("--calls", type=int, default=10, help="programs queued in a run")
