@@ -18,7 +18,6 @@ from kernels_pallas.quantize import gpu_arithmetic as arithmetic
 from kernels_pallas.quantize.gpu_arithmetic import BY_COLUMN, BY_ROW, STEP, Codes
 from kernels_pallas.quantize.gpu_read import read
 from kernels_pallas.quantize.gpu_ring import (
-  BAND,
   WARPGROUPS,
   Source,
   for_each_tile,
@@ -77,7 +76,6 @@ def quantize_blocks(
     ],
     WARPGROUPS * 2 * STEP * TILE + 2 * TILE * 4,
     interpret,
-    band=BAND,
   )
   return (q_EKN, s_Ekn), (q_ENK, s_Ekn.swapaxes(1, 2))
 

@@ -25,7 +25,6 @@ from kernels_pallas.quantize import gpu_arithmetic as arithmetic
 from kernels_pallas.quantize.gpu_arithmetic import LAYOUT, STEP, Codes
 from kernels_pallas.quantize.gpu_read import read
 from kernels_pallas.quantize.gpu_ring import (
-  BAND,
   WARPGROUPS,
   Source,
   for_each_tile,
@@ -128,7 +127,6 @@ def quantize_tiles(
     lambda teams: [swizzled((teams, WARPGROUPS, slots, STEP, TILE), dtype)],
     WARPGROUPS * slots * STEP * TILE,
     interpret,
-    band=BAND if by_columns else 1,
   )
   pairs = list(zip(results[::2], results[1::2]))
   edge = len(by_rows)
