@@ -123,11 +123,14 @@ def _fastest(
   missing_rows: dict[Tiling, int] | None = None,
 ) -> Tiling:
   """The tiling with the least time."""
-  missing_rows = missing_rows or {}
 
   def cost(t: Tiling) -> float:
-    high = rows + missing_rows.get(t, 0)
-    tiles = cut(high, columns, t).time(math.ceil(columns / t.columns), _SMS)
+    across = math.ceil(columns / t.columns)
+    if missing_rows is None:
+      tiles = cut(rows, columns, t).time(across, _SMS)
+    else:  # groups have no lower tiles for the last wave
+      high = math.ceil((rows + missing_rows.get(t, 0)) / t.rows)
+      tiles = math.ceil(high * across / _SMS)
     return tiles * t.rows * t.columns * cost_of[t]
 
   return min(cost_of, key=cost)
