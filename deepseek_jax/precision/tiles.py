@@ -10,6 +10,7 @@ letter is that dimension divided by 128. Scales of activations have the tile fir
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,12 +83,16 @@ class Recipe:
     """The implementation of the quantisers."""
     return "reference" if self.emulated else None
 
+  @property
+  def _options(self) -> dict[str, Any]:
+    return {"impl": self.quantizer, "num_sms": self.num_sms}
+
   def rows(self, x_MK: jax.Array, power_of_two: bool = False) -> Tiled:
     """Activations contracted over channels: codes [M, K], scales [k, M]."""
     if self.config.scales == "tensor":
       return _whole(x_MK)
     return quantize.quantize_rows(
-      x_MK, power_of_two=self._power(power_of_two), impl=self.quantizer
+      x_MK, power_of_two=self._power(power_of_two), **self._options
     )
 
   def columns(self, x_MK: jax.Array, power_of_two: bool = False) -> Tiled:
@@ -95,7 +100,7 @@ class Recipe:
     if self.config.scales == "tensor":
       return _whole(x_MK.T)
     return quantize.quantize_columns(
-      x_MK, power_of_two=self._power(power_of_two), impl=self.quantizer
+      x_MK, power_of_two=self._power(power_of_two), **self._options
     )
 
   def gradient(self, dy_MN: jax.Array) -> tuple[Tiled, Tiled]:
@@ -106,7 +111,7 @@ class Recipe:
     if c.gradient_tiles == "128x128":
       return _blocks(dy_MN, dtype), _blocks(dy_MN.T, dtype)
     return quantize.quantize_both(
-      dy_MN, power_of_two=self._power(False), dtype=dtype, impl=self.quantizer
+      dy_MN, power_of_two=self._power(False), dtype=dtype, **self._options
     )
 
   def gradient_rows(self, dy_MN: jax.Array) -> Tiled:
@@ -117,7 +122,7 @@ class Recipe:
     if c.gradient_tiles == "128x128":
       return _blocks(dy_MN, dtype)
     return quantize.quantize_rows(
-      dy_MN, power_of_two=True, dtype=dtype, impl=self.quantizer
+      dy_MN, power_of_two=True, dtype=dtype, **self._options
     )
 
   def tile_again(self, rows: Tiled, gradient: bool = False) -> Tiled:
@@ -132,7 +137,7 @@ class Recipe:
     if c.gradient_tiles == "128x128" and gradient:
       return _blocks(quantize.dequantize_rows(*rows).T, dtype)
     return quantize.requantize_columns(
-      *rows, power_of_two=True, dtype=dtype, impl=self.quantizer
+      *rows, power_of_two=True, dtype=dtype, **self._options
     )
 
   def activate(self, hidden_Z2F: jax.Array, gates_Z: jax.Array | None) -> Tiled:
@@ -141,7 +146,7 @@ class Recipe:
       return self.rows(_gated(hidden_Z2F.astype(jnp.float32), gates_Z))
     power_of_two = self._power(False)
     return quantize.swiglu_quantize(  # pyright: ignore[reportReturnType]
-      hidden_Z2F, gates_Z, power_of_two=power_of_two
+      hidden_Z2F, gates_Z, power_of_two=power_of_two, num_sms=self.num_sms
     )
 
   def activate_and_keep(
@@ -153,7 +158,11 @@ class Recipe:
       return self.activate(hidden_Z2F, gates_Z), kept
     power_of_two = self._power(False)
     return quantize.swiglu_quantize(  # pyright: ignore[reportReturnType]
-      hidden_Z2F, gates_Z, with_h=True, power_of_two=power_of_two
+      hidden_Z2F,
+      gates_Z,
+      with_h=True,
+      power_of_two=power_of_two,
+      num_sms=self.num_sms,
     )
 
   def activate_backward(
@@ -171,7 +180,12 @@ class Recipe:
       d_hidden, d_gates_Z = pull(dy_ZF.astype(jnp.float32))
       return self.gradient(d_hidden), self.columns(y_ZF), d_gates_Z
     out = quantize.swiglu_quantize_backward(
-      hidden, gates_Z, dy_ZF, with_y=True, power_of_two=self._power(False)
+      hidden,
+      gates_Z,
+      dy_ZF,
+      with_y=True,
+      power_of_two=self._power(False),
+      num_sms=self.num_sms,
     )
     assert out.y_columns is not None
     return (out.dh_rows, out.dh_columns), out.y_columns, out.dgate_Z
@@ -181,7 +195,7 @@ class Recipe:
     if self.config.scales == "tensor":
       return jax.vmap(_whole_weight)(w_WKN)
     return quantize.quantize_blocks(
-      w_WKN, power_of_two=self._power(False), impl=self.quantizer
+      w_WKN, power_of_two=self._power(False), **self._options
     )
 
   @property

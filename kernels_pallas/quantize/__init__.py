@@ -98,6 +98,7 @@ def quantize_rows(
   power_of_two: bool = False,
   dtype: jax.typing.DTypeLike = _E4M3,
   rows: jax.Array | int | None = None,
+  num_sms: int | None = None,
   impl: str | None = None,
 ) -> Quantized:
   """Quantises by 1x128 tiles.
@@ -108,6 +109,7 @@ def quantize_rows(
     dtype: of the codes, float8_e4m3fn or float8_e5m2.
     rows: int32, may be traced: how many first rows are valid. The others, NaN or not,
       count as zeros: codes 0 and the smallest scale. None: all.
+    num_sms: multiprocessors that the GPU's kernel uses, None for all.
     impl: a name from the module's table, or None.
 
   Returns:
@@ -118,7 +120,9 @@ def quantize_rows(
   """
   _check(x_MK, "quantize_rows")
   module = _implementation(_KERNELS, impl, x_MK)
-  return module.quantize_rows(x_MK, power_of_two, dtype, rows)
+  return module.quantize_rows(
+    x_MK, power_of_two, dtype, rows, **_options(module, num_sms)
+  )
 
 
 def quantize_columns(
@@ -127,12 +131,15 @@ def quantize_columns(
   power_of_two: bool = False,
   dtype: jax.typing.DTypeLike = _E4M3,
   rows: jax.Array | int | None = None,
+  num_sms: int | None = None,
   impl: str | None = None,
 ) -> Quantized:
   """Quantises by 128x1 tiles and transposes: q_KM, s_mK. Else as quantize_rows."""
   _check(x_MK, "quantize_columns")
   module = _implementation(_KERNELS, impl, x_MK, by_columns=True)
-  return module.quantize_columns(x_MK, power_of_two, dtype, rows)
+  return module.quantize_columns(
+    x_MK, power_of_two, dtype, rows, **_options(module, num_sms)
+  )
 
 
 def quantize_both(
@@ -141,12 +148,15 @@ def quantize_both(
   power_of_two: bool = False,
   dtype: jax.typing.DTypeLike = _E4M3,
   rows: jax.Array | int | None = None,
+  num_sms: int | None = None,
   impl: str | None = None,
 ) -> tuple[Quantized, Quantized]:
   """quantize_rows and quantize_columns: (q_MK, s_kM), (q_KM, s_mK)."""
   _check(x_MK, "quantize_both")
   module = _implementation(_KERNELS, impl, x_MK, by_columns=True)
-  return module.quantize_both(x_MK, power_of_two, dtype, rows)
+  return module.quantize_both(
+    x_MK, power_of_two, dtype, rows, **_options(module, num_sms)
+  )
 
 
 def requantize_columns(
@@ -156,6 +166,7 @@ def requantize_columns(
   power_of_two: bool = True,
   dtype: jax.typing.DTypeLike = _E4M3,
   rows: jax.Array | int | None = None,
+  num_sms: int | None = None,
   impl: str | None = None,
 ) -> Quantized:
   """128x1 tiles from what quantize_rows wrote: dequantise, transpose, quantise.
@@ -167,7 +178,8 @@ def requantize_columns(
     q_KM, s_mK.
   """
   module = _implementation(_GPU, impl, q_MK, by_columns=True)
-  return module.requantize_columns(q_MK, s_kM, power_of_two, dtype, rows)
+  options = _options(module, num_sms)
+  return module.requantize_columns(q_MK, s_kM, power_of_two, dtype, rows, **options)
 
 
 def quantize_blocks(
@@ -175,12 +187,14 @@ def quantize_blocks(
   *,
   power_of_two: bool = False,
   dtype: jax.typing.DTypeLike = _E4M3,
+  num_sms: int | None = None,
   impl: str | None = None,
 ) -> tuple[Quantized, Quantized]:
   """Quantises a weight by 128x128 blocks, in both layouts.
 
   Args:
     w_KN: BF16 or FP32, [K, N] or [E, K, N].
+    power_of_two, dtype, num_sms, impl: as in quantize_rows.
 
   Returns:
     (q_KN, s_kn), (q_NK, s_nk); the second is the transpose of the first. With a leading
@@ -188,7 +202,7 @@ def quantize_blocks(
   """
   _check(w_KN[0] if w_KN.ndim == 3 else w_KN, "quantize_blocks")
   module = _implementation(_GPU, impl, w_KN, by_columns=True)
-  return module.quantize_blocks(w_KN, power_of_two, dtype)
+  return module.quantize_blocks(w_KN, power_of_two, dtype, **_options(module, num_sms))
 
 
 def quantize_tensor(
@@ -233,6 +247,7 @@ def swiglu_quantize(
   power_of_two: bool = False,
   dtype: jax.typing.DTypeLike = _E4M3,
   rows: jax.Array | int | None = None,
+  num_sms: int | None = None,
   impl: str | None = None,
 ) -> Quantized | tuple:
   """Quantises y = silu(a) u gate, where h = [a, u]; FP32 up to the codes.
@@ -243,7 +258,7 @@ def swiglu_quantize(
     both: whether to write columns too.
     with_h: whether to write rows of h too, which was read anyway: as quantize_rows with
       `power_of_two`, whatever y's scales are. For activations that are kept in FP8.
-    power_of_two, dtype, rows, impl: as in quantize_rows.
+    power_of_two, dtype, rows, num_sms, impl: as in quantize_rows.
 
   Returns:
     y: (q_ZF, s_fZ), or with `both` that and (q_FZ, s_zF). With `with_h` a pair: y, and
@@ -251,7 +266,10 @@ def swiglu_quantize(
   """
   _check_swiglu(h_Z2F, gate_Z, None)
   module = _implementation(_GPU, impl, _codes_of(h_Z2F), by_columns=both, halves=True)
-  return module.swiglu_quantize(h_Z2F, gate_Z, both, power_of_two, dtype, rows, with_h)
+  options = _options(module, num_sms)
+  return module.swiglu_quantize(
+    h_Z2F, gate_Z, both, power_of_two, dtype, rows, with_h, **options
+  )
 
 
 def swiglu_quantize_backward(
@@ -264,6 +282,7 @@ def swiglu_quantize_backward(
   power_of_two: bool = False,
   dtype: jax.typing.DTypeLike = _E4M3,
   rows: jax.Array | int | None = None,
+  num_sms: int | None = None,
   impl: str | None = None,
 ) -> SwigluGradients:
   """The gradient of silu(a) u gate, quantised; FP32 up to the codes.
@@ -273,13 +292,22 @@ def swiglu_quantize_backward(
     dy_ZF: gradient of y, BF16 or FP32.
     with_y: whether to compute y again and write its columns.
     with_dh: dtype in which to write dh unquantised too, or None.
-    power_of_two, dtype, rows, impl: as in quantize_rows; rows not valid get dgate 0.
+    power_of_two, dtype, rows, num_sms, impl: as in quantize_rows; rows that are not
+      valid get dgate 0.
   """
   _check_swiglu(h_Z2F, gate_Z, dy_ZF)
   matrices = _codes_of(h_Z2F), dy_ZF
   module = _implementation(_GPU, impl, *matrices, by_columns=True, halves=True)
   gradients = module.swiglu_quantize_backward(
-    h_Z2F, gate_Z, dy_ZF, with_y, with_dh, power_of_two, dtype, rows
+    h_Z2F,
+    gate_Z,
+    dy_ZF,
+    with_y,
+    with_dh,
+    power_of_two,
+    dtype,
+    rows,
+    **_options(module, num_sms),
   )
   return SwigluGradients(*gradients)
 
@@ -333,6 +361,12 @@ def _implementation(
   if impl is None:
     return reference
   raise ValueError(f"quantize: impl={impl!r} {reason}, or pass impl='reference'")
+
+
+def _options(module: ModuleType, num_sms: int | None) -> dict[str, int]:
+  """What only the GPU's kernels take."""
+  is_gpu = module.__name__.endswith(".gpu")
+  return {"num_sms": num_sms} if is_gpu and num_sms is not None else {}
 
 
 def _codes_of(h: jax.Array | Quantized) -> jax.Array:

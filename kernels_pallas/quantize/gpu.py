@@ -71,7 +71,9 @@ _PLAIN, _SWIGLU = [Output(_plain, 1)], [Output(_swiglu, 1)]
 _INPUT = [Output(_plain, 2, power_of_two=True)]  # both halves of h
 
 
-def _quantize(x_MK: Matrix, by_rows, by_columns, power_of_two, dtype, rows, interpret):
+def _quantize(
+  x_MK: Matrix, by_rows, by_columns, power_of_two, dtype, rows, num_sms, interpret
+):
   q_rows, q_columns, _ = quantize_tiles(
     [x_MK],
     None,
@@ -81,50 +83,55 @@ def _quantize(x_MK: Matrix, by_rows, by_columns, power_of_two, dtype, rows, inte
     columns=x_MK.array.shape[1],
     power_of_two=power_of_two,
     dtype=dtype,
+    num_sms=num_sms,
     interpret=interpret,
   )
   return q_rows + q_columns
 
 
-@traced_once("power_of_two", "dtype", "interpret")
-def quantize_rows(x_MK, power_of_two, dtype, rows=None, interpret=None) -> Quantized:
-  [out] = _quantize(Matrix(x_MK), _PLAIN, [], power_of_two, dtype, rows, interpret)
+@traced_once("power_of_two", "dtype", "num_sms", "interpret")
+def quantize_rows(
+  x_MK, power_of_two, dtype, rows=None, num_sms=None, interpret=None
+) -> Quantized:
+  options = power_of_two, dtype, rows, num_sms, interpret
+  [out] = _quantize(Matrix(x_MK), _PLAIN, [], *options)
   return out
 
 
-@traced_once("power_of_two", "dtype", "interpret")
-def quantize_columns(x_MK, power_of_two, dtype, rows=None, interpret=None) -> Quantized:
-  [out] = _quantize(Matrix(x_MK), [], _PLAIN, power_of_two, dtype, rows, interpret)
+@traced_once("power_of_two", "dtype", "num_sms", "interpret")
+def quantize_columns(
+  x_MK, power_of_two, dtype, rows=None, num_sms=None, interpret=None
+) -> Quantized:
+  options = power_of_two, dtype, rows, num_sms, interpret
+  [out] = _quantize(Matrix(x_MK), [], _PLAIN, *options)
   return out
 
 
-@traced_once("power_of_two", "dtype", "interpret")
+@traced_once("power_of_two", "dtype", "num_sms", "interpret")
 def quantize_both(
-  x_MK, power_of_two, dtype, rows=None, interpret=None
+  x_MK, power_of_two, dtype, rows=None, num_sms=None, interpret=None
 ) -> tuple[Quantized, Quantized]:
-  by_rows, by_columns = _quantize(
-    Matrix(x_MK), _PLAIN, _PLAIN, power_of_two, dtype, rows, interpret
-  )
+  options = power_of_two, dtype, rows, num_sms, interpret
+  by_rows, by_columns = _quantize(Matrix(x_MK), _PLAIN, _PLAIN, *options)
   return by_rows, by_columns
 
 
-@traced_once("power_of_two", "dtype", "interpret")
+@traced_once("power_of_two", "dtype", "num_sms", "interpret")
 def quantize_blocks(
-  w, power_of_two, dtype, interpret=None
+  w, power_of_two, dtype, num_sms=None, interpret=None
 ) -> tuple[Quantized, Quantized]:
   """Of one weight [K, N], or of [E, K, N]."""
   w_EKN = w if w.ndim == 3 else w[None]
-  out = gpu_blocks.quantize_blocks(w_EKN, power_of_two, dtype, interpret)
+  out = gpu_blocks.quantize_blocks(w_EKN, power_of_two, dtype, num_sms, interpret)
   return out if w.ndim == 3 else jax.tree.map(lambda a: a[0], out)
 
 
-@traced_once("power_of_two", "dtype", "interpret")
+@traced_once("power_of_two", "dtype", "num_sms", "interpret")
 def requantize_columns(
-  q_MK, s_kM, power_of_two, dtype, rows=None, interpret=None
+  q_MK, s_kM, power_of_two, dtype, rows=None, num_sms=None, interpret=None
 ) -> Quantized:
-  [out] = _quantize(
-    Matrix(q_MK, s_kM), [], _PLAIN, power_of_two, dtype, rows, interpret
-  )
+  options = power_of_two, dtype, rows, num_sms, interpret
+  [out] = _quantize(Matrix(q_MK, s_kM), [], _PLAIN, *options)
   return out
 
 
@@ -134,7 +141,7 @@ def _halves(h: jax.Array | Quantized) -> tuple[Matrix, Matrix]:
   return Matrix(codes, scales), Matrix(codes, scales, codes.shape[1] // 2 // TILE)
 
 
-@traced_once("both", "power_of_two", "dtype", "with_h", "interpret")
+@traced_once("both", "power_of_two", "dtype", "with_h", "num_sms", "interpret")
 def swiglu_quantize(
   h_Z2F,
   gate_Z,
@@ -143,6 +150,7 @@ def swiglu_quantize(
   dtype,
   rows=None,
   with_h: bool = False,
+  num_sms=None,
   interpret=None,
 ) -> Quantized | tuple:
   a_ZF, u_ZF = _halves(h_Z2F)
@@ -156,13 +164,14 @@ def swiglu_quantize(
     columns=F,
     power_of_two=power_of_two,
     dtype=dtype,
+    num_sms=num_sms,
     interpret=interpret,
   )
   y = (q_rows[0], q_columns[0]) if both else q_rows[0]
   return (y, q_rows[1]) if with_h else y
 
 
-@traced_once("with_y", "with_dh", "power_of_two", "dtype", "interpret")
+@traced_once("with_y", "with_dh", "power_of_two", "dtype", "num_sms", "interpret")
 def swiglu_quantize_backward(
   h_Z2F,
   gate_Z,
@@ -172,6 +181,7 @@ def swiglu_quantize_backward(
   power_of_two,
   dtype,
   rows=None,
+  num_sms=None,
   interpret=None,
 ) -> tuple:
   F = dy_ZF.shape[1]
@@ -186,6 +196,7 @@ def swiglu_quantize_backward(
     sums=gate_Z is not None,
     power_of_two=power_of_two,
     dtype=dtype,
+    num_sms=num_sms,
     interpret=interpret,
   )
   dh_Z2F = None

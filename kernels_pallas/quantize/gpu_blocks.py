@@ -28,9 +28,9 @@ from kernels_pallas.quantize.reference import TILE, Quantized
 
 
 def quantize_blocks(
-  w_EKN: jax.Array, power_of_two: bool, dtype, interpret=None
+  w_EKN: jax.Array, power_of_two: bool, dtype, num_sms: int | None, interpret=None
 ) -> tuple[Quantized, Quantized]:
-  """(q_EKN, s_Ekn), (q_ENK, s_Enk) of BF16 weights."""
+  """(q_EKN, s_Ekn), (q_ENK, s_Enk) of BF16 weights, on `num_sms` or all SMs."""
   E, K, N = w_EKN.shape
   k, n = pl.cdiv(K, TILE), pl.cdiv(N, TILE)
   codes = Codes(jnp.dtype(dtype), power_of_two, interpreted=interpret is not None)
@@ -75,6 +75,7 @@ def quantize_blocks(
       plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=teams),
     ],
     WARPGROUPS * 2 * STEP * TILE + 2 * TILE * 4,
+    num_sms,
     interpret,
   )
   return (q_EKN, s_Ekn), (q_ENK, s_Ekn.swapaxes(1, 2))

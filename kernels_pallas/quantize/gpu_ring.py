@@ -55,6 +55,7 @@ def for_each_tile(
   out: Sequence[jax.ShapeDtypeStruct],
   scratch: Callable[[int], Sequence[Any]],
   scratch_bytes: int,
+  num_sms: int | None = None,
   interpret=None,
 ) -> Sequence[jax.Array]:
   """Calls compute(tile, t, slots, scalars, outputs, scratch) for every tile of a grid.
@@ -63,7 +64,7 @@ def for_each_tile(
   sources' tiles in shared memory, the others are references. It calls `commit_smem`
   after its last load from a slot: TMA may write there next. `scratch(teams)` are the
   types of what else lies in shared memory, with a first dimension for teams, in
-  `scratch_bytes` for each.
+  `scratch_bytes` for each. `num_sms`: multiprocessors to use, None for all.
 
   Tiles are taken in the grid's order: 16 rows of tiles at a time, column by column, so
   that a transpose is written in longer pieces, was up to 17% slower on an H200.
@@ -73,7 +74,7 @@ def for_each_tile(
   fits = _TEAMS * (scratch_bytes + 2 * bytes_each) <= _SHARED_BYTES
   teams = _TEAMS if fits else 1
   stages = min(6, (_SHARED_BYTES // teams - scratch_bytes) // bytes_each)
-  sms = hopper.streaming_multiprocessors() if interpret is None else 2
+  sms = num_sms or (hopper.streaming_multiprocessors() if interpret is None else 2)
   blocks = min(pl.cdiv(tiles, teams), sms)
 
   def body(*refs):

@@ -70,6 +70,7 @@ def quantize_tiles(
   sums: bool = False,
   power_of_two: bool,
   dtype: jax.typing.DTypeLike,
+  num_sms: int | None = None,
   interpret=None,
 ) -> tuple[list[Quantized], list[Quantized], jax.Array | None]:
   """Runs the kernel.
@@ -81,6 +82,7 @@ def quantize_tiles(
     by_rows, by_columns: what to write in either direction.
     columns: K, of a source and of each value.
     sums: whether the sums of by_rows[0] are wanted.
+    num_sms: multiprocessors to use, None for all.
 
   Returns:
     Quantised outputs along rows (V K columns), along columns (V K rows), and for each
@@ -126,6 +128,7 @@ def quantize_tiles(
     out,
     lambda teams: [swizzled((teams, WARPGROUPS, slots, STEP, TILE), dtype)],
     WARPGROUPS * slots * STEP * TILE,
+    num_sms,
     interpret,
   )
   pairs = list(zip(results[::2], results[1::2]))

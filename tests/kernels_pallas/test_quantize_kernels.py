@@ -36,7 +36,7 @@ def test_gpu_kernel_interpreted():
 def test_gpu_blocks_interpreted():
   w = np.stack([poisoned((192, 192)), tricky((192, 192))])
   got = gpu.quantize_blocks(
-    jnp.asarray(w, jnp.bfloat16), False, E4M3, interpret=INTERPRET
+    jnp.asarray(w, jnp.bfloat16), False, E4M3, num_sms=1, interpret=INTERPRET
   )
   for e in range(2):
     oracle.assert_same(jax.tree.map(lambda a, e=e: a[e], got), oracle.blocks(w[e]))
@@ -81,6 +81,8 @@ def test_gpu_kernels_that_read_codes_interpreted():
     jnp.asarray(q_MK), jnp.asarray(s_kM), True, E4M3, 150, interpret=INTERPRET
   )
   oracle.assert_same(got, oracle.columns(plain, power_of_two=True))
+  assert qz._options(gpu, 16) == {"num_sms": 16}
+  assert qz._options(reference, 16) == {}
   h = qz.quantize_rows(jnp.asarray(np.random.default_rng(2).normal(size=(64, 256))))
   q_ZF, s_fZ = gpu.swiglu_quantize(h, None, False, False, E4M3, interpret=INTERPRET)
   q_want, s_want = reference.swiglu_quantize(h, None, False, False, E4M3)

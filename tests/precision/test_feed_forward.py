@@ -149,3 +149,19 @@ def test_remat_keeps_the_swiglu_input_in_fp8(capsys):
   ]
   assert any(f"u8[512,{2 * F}]" in line for line in kept), kept
   assert not any(f"bf16[512,{2 * F}]" in line for line in kept), kept
+
+
+def test_every_quantiser_is_told_how_many_multiprocessors(monkeypatch):
+  asked = []
+  monkeypatch.setattr(
+    quantize, "_options", lambda _, num_sms: asked.append(num_sms) or {}
+  )
+  recipe = Recipe(num_sms=16)
+  x, gates = jnp.ones((128, 256), jnp.bfloat16), jnp.ones(128)
+  rows = recipe.rows(x)
+  recipe.columns(x), recipe.gradient(x), recipe.gradient_rows(x)
+  recipe.tile_again(rows), recipe.weights(x[None])
+  recipe.activate(x, gates)
+  _, kept = recipe.activate_and_keep(x, gates)
+  recipe.activate_backward(kept, gates, x[:, :128])
+  assert asked == [16] * 9
