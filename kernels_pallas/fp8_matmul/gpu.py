@@ -101,8 +101,11 @@ def multiply_groups(
   if blocks is None and pieces > 1:
     raise ValueError(f"{pieces} pieces of rows need a table of blocks")
   per_piece, across = pl.cdiv(rows, t.rows), pl.cdiv(columns, t.columns)
-  cut = tilings.cut(rows, columns, t, num_sms)
-  row_blocks = cut.whole + cut.lower if blocks is None else blocks.shape[1]
+  if blocks is None:
+    cut = tilings.cut(rows, columns, t, num_sms)
+  else:
+    cut = tilings.Cut(blocks.shape[1])
+  row_blocks = cut.whole + cut.lower
   width, last_scale = granule(t.columns), sb_Enk.shape[1] - 1
 
   def tile(i, *refs):

@@ -74,8 +74,9 @@ def cut(rows: int, columns: int, t: Tiling, sms: int | None = None) -> Cut:
     return Cut(math.ceil(rows / t.rows))
   units, across = math.ceil(rows / WARPGROUP_ROWS), math.ceil(columns / t.columns)
   cuts = [remainder(rows, t)]
-  for whole in range(units // 3, max(-1, units // 3 - 4), -1):
-    cuts.append(Cut(whole, units - 3 * whole, 1))
+  most = units // t.warpgroups
+  for whole in range(most, max(-1, most - 4), -1):
+    cuts.append(Cut(whole, units - t.warpgroups * whole, 1))
   return min(cuts, key=lambda c: (c.time(across, sms or _SMS), c.lower))
 
 

@@ -143,7 +143,7 @@ def test_accumulation_in_14_bits_is_what_the_paper_measures():
 
 @on("cpu")
 def test_gpu_kernel_interpreted():
-  """The kernel's own logic on any machine, but for clusters."""
+  """The kernel's own logic on any machine."""
   _, _, a, sa, b, sb = inputs(130, 192, 320)
   interpret, tiling = plgpu.InterpretGPUParams(), Tiling(256, 2, fresh=128)
   got = gpu.multiply(

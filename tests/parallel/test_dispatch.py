@@ -274,5 +274,7 @@ def test_rows_are_taken_in_words_on_gpus(dtype, monkeypatch):
     with monkeypatch.context() as patch:
       patch.setattr(d, "target_platform", lambda: "gpu")
       got = np.asarray(jax.jit(d._take)(x, source))
+      words = "bitcast" in str(jax.make_jaxpr(lambda *a: d._take(*a))(x, source))
+    assert words == (dtype != jnp.float32 and width * x.dtype.itemsize % 4 == 0)
     assert got.tobytes() == want.tobytes()
     assert not want[2].any()
