@@ -9,6 +9,8 @@ FP32 reference, then prints medians of rounds in which the contenders take turns
   cuBLASLt    torch._scaled_mm with the same scales (1x128 by 128x128, and for the
               weight gradient 1x128 by 1x128), where torch is there
   one scale   XLA's FP8 dot with one scale a tensor: the ceiling
+  copy        for few rows, where moving the weights is what counts: half the bytes read
+              and half written by XLA
 
 `--retune` times tilings instead and prints the rows of kernels_pallas/fp8_matmul/
 tilings.py. Inputs are random normal, several sets in turn, so that weights do not stay
@@ -168,7 +170,10 @@ def torch_queue(product, m, n, k, number):
 
 
 def medians(queues, calls, seconds, rounds) -> dict[str, float]:
-  """Median seconds of one call; contenders take turns of about `seconds`."""
+  """Median seconds of one call; contenders take turns of about `seconds`.
+
+  Each round begins with another one, so that none always follows the same.
+  """
   times = {}
   for name, queue in queues.items():
     queue(3)
@@ -176,11 +181,13 @@ def medians(queues, calls, seconds, rounds) -> dict[str, float]:
     queue(2)
     once = (time.perf_counter() - start) / 2
     times[name] = (max(2, round(seconds / once)), [])
-  for _ in range(rounds):
-    for name, queue in queues.items():
+  names = list(queues)
+  for turn in range(rounds):
+    first = turn % len(names)
+    for name in names[first:] + names[:first]:
       number, results = times[name]
       start = time.perf_counter()
-      queue(number)
+      queues[name](number)
       results.append((time.perf_counter() - start) / number / calls)
   return {name: statistics.median(results) for name, (_, results) in times.items()}
 
@@ -194,9 +201,22 @@ def sets_of(product, m, n, k, small=4):
   ]
 
 
+def bytes_moved(product, m, n, k) -> int:
+  if product == "dw":
+    return m * n + m * k + 4 * n * k
+  return m * k + n * k + 2 * m * n
+
+
+def copies(bytes_: int, number: int) -> dict:
+  """The queue of XLA's negation of BF16, which moves as many bytes."""
+  keys = jax.random.split(jax.random.key(1), number)
+  elements = bytes_ // 4  # read once and written once
+  sets = [(jax.random.normal(key, (elements,), jnp.bfloat16),) for key in keys]
+  return jax_queues({"copy": jnp.negative}, sets)
+
+
 def line(name, seconds, product, m, n, k, against=None) -> str:
-  out = 4 * n * k if product == "dw" else 2 * m * n
-  moved = (m * k + n * k if product == "forward" else m * n + m * k) + out
+  moved = bytes_moved(product, m, n, k)
   text = f"  {name:40s} {seconds * 1e6:8.1f} us {2 * m * n * k / seconds / 1e12:7.1f}"
   text += f" TFLOP/s {moved / seconds / 1e9:6.0f} GB/s"
   return text + (f"  {against / seconds:5.2f} of cuBLASLt" if against else "")
@@ -212,19 +232,27 @@ def report(product, m, n, k, flags) -> float | None:
     queues["cuBLASLt"] = torch_queue(product, m, n, k, len(sets))
   except Exception as problem:
     print(f"  cuBLASLt: {type(problem).__name__}: {str(problem)[:300]}", flush=True)
+  if m <= SMALL_ROWS:
+    queues |= copies(bytes_moved(product, m, n, k), len(sets))
   times = medians(queues, len(sets), flags.seconds, flags.rounds)
   print(f"{product} M={m} N={n} K={k}")
   for name, seconds in times.items():
-    print(line(name, seconds, product, m, n, k, times.get("cuBLASLt")), flush=True)
+    text = line(name, seconds, product, m, n, k, times.get("cuBLASLt"))
+    if "copy" in times:
+      text += f" {times['copy'] / seconds:5.2f} of a copy"
+    print(text, flush=True)
   both = times.keys() >= {"ours", "cuBLASLt"}
   return times["cuBLASLt"] / times["ours"] if both else None
 
 
 def candidates(product, m, snakes):
   """Tilings that fit in shared memory and are worth a try."""
+  if m <= 64:
+    few = [(64, 12, 4), (64, 10, 1), (32, 16, 4), (32, 12, 4), (16, 16, 8)]
+    return [Tiling(c, s, 1, warpgroups=1, together=n) for c, s, n in few]
   if m <= SMALL_ROWS:
-    widths = [(32, 8), (64, 7), (128, 5)]
-    return [Tiling(c, s, 1) for c, s in widths]
+    few = [(128, 5, 2), (128, 5, 1), (64, 7, 3), (64, 7, 1), (32, 9, 4), (16, 10, 5)]
+    return [Tiling(c, s, 1, together=n) for c, s, n in few]
   sizes = [(128, 5, 0, 2), (192, 4, 0, 2), (128, 4, 0, 3)]
   sizes += [(192, 4, 64, 2)] if product == "dw" else [(256, 4, 128, 2)]
   return [
@@ -256,7 +284,7 @@ def main():
   parser.add_argument("--shapes", type=int, nargs="+", default=range(len(SHAPES)))
   parser.add_argument("--rounds", type=int, default=7, help="turns of each contender")
   parser.add_argument("--seconds", type=float, default=0.05, help="of one turn")
-  parser.add_argument("--snakes", type=int, nargs="+", default=(8, 16))
+  parser.add_argument("--snakes", type=int, nargs="+", default=(4, 8, 16))
   parser.add_argument("--no-check", dest="check", action="store_false", help="faster")
   parser.add_argument("--show", type=int, default=6, help="tilings printed by retune")
   flags = parser.parse_args()

@@ -9,7 +9,9 @@ training. FLOPs count the experts' products only: 18 x tokens x active x D x F. 
 are cast or quantised before, as a step does once for all its micro-batches.
 
 A time is the median over runs of `--calls` calls queued at once, divided by their
-number. The FP8 result is compared with BF16's before anything is timed.
+number: once with a pause before each run, and once without, after a second of calls
+without any. At full load these GPUs reach the limit of their power and lower their
+clocks, so that the second is slower. The FP8 result is compared with BF16's.
 """
 
 import argparse
@@ -61,15 +63,25 @@ def backward(layer, x, dy):
   return y, pull(dy)
 
 
-def seconds(function, args, flags) -> float:
+def seconds(function, args, flags, pause: float = 0.0) -> float:
+  """Median seconds of a call; `pause` seconds before each run of calls."""
   times = []
   for _ in range(flags.runs):
+    time.sleep(pause)
     start = time.perf_counter()
     for _ in range(flags.calls):
       result = function(*args)
     jax.block_until_ready(result)
     times.append((time.perf_counter() - start) / flags.calls)
   return statistics.median(times)
+
+
+def sustained_seconds(function, args, flags) -> float:
+  """The same without pauses, after a second of calls."""
+  until = time.perf_counter() + 1
+  while time.perf_counter() < until:
+    jax.block_until_ready(function(*args))
+  return seconds(function, args, flags)
 
 
 def calc_diff(x, y) -> float:
@@ -84,6 +96,7 @@ def main():
   parser.add_argument("--tiny", action="store_true", help="small, to try the command")
   parser.add_argument("--runs", type=int, default=10, help="runs behind a median")
   parser.add_argument("--calls", type=int, default=5, help="calls queued in a run")
+  parser.add_argument("--pause", type=float, default=0.1, help="seconds before a run")
   parser.add_argument("--profile", help="folder for profiles of a few calls")
   flags = parser.parse_args()
   config, layer, x, dy = make_layer(flags)
@@ -106,11 +119,14 @@ def main():
       with jax.profiler.trace(f"{flags.profile}/{name}"):
         for _ in range(3):
           jax.block_until_ready(run(*args))
-    time_s = seconds(run, args, flags)
-    print(
-      f"  {name:5s} {time_s * 1e3:8.3f} ms  {flop / time_s / 1e12:7.1f} TFLOP/s",
-      flush=True,
-    )
+    times = {
+      "after pauses": seconds(run, args, flags, flags.pause),
+      "sustained": sustained_seconds(run, args, flags),
+    }
+    for title, time_s in times.items():
+      rate = flop / time_s / 1e12
+      line = f"  {name:5s} {title:13s} {time_s * 1e3:8.3f} ms  {rate:7.1f} TFLOP/s"
+      print(line, flush=True)
   for name, a, b in zip(("y", "dx"), *outputs.values()):
     print(f"  calc_diff of {name}, FP8 against BF16: {calc_diff(a, b):.2e}", flush=True)
 

@@ -2,7 +2,7 @@
 
 A thread block walks over tiles of the output. Its last warpgroup copies operands and
 their scales into a ring of shared memory by TMA, running ahead into the next tile; the
-other two or three multiply 64 of the tile's rows each.
+others, up to three, multiply 64 of the tile's rows each.
 Promotion is DeepSeek's (DeepSeek-V3 report, section 3.3.2; DeepGEMM): 128 of the
 contraction go through the tensor cores into a fresh accumulator, which is then scaled
 and added to sums in FP32 registers. While one warpgroup promotes, the other's products
@@ -41,8 +41,10 @@ class Tiling:
     stages: slots of the ring.
     snake: tiles walked along rows before the next column: reuse in L2.
     fresh: columns of one fresh accumulator; 0 for all of the tile's.
-    warpgroups: that multiply, 2 or 3, 64 rows of a tile each. With three, two have
+    warpgroups: that multiply, 1 to 3, 64 rows of a tile each. With three, two have
       products in the tensor cores' queue while one promotes, but fewer registers.
+    together: steps that are waited for and multiplied at once, up to `stages`: in tiles
+      so small that a step is mostly latency.
   """
 
   columns: int = 128
@@ -50,6 +52,7 @@ class Tiling:
   snake: int = 16
   fresh: int = 0
   warpgroups: int = 2
+  together: int = 1
 
   @property
   def rows(self) -> int:
@@ -61,7 +64,7 @@ class Tiling:
 
     With one more in sum the increase never returns.
     """
-    return (40, 232) if self.warpgroups == 2 else (32, 160)
+    return (32, 160) if self.warpgroups == 3 else (40, 232)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +111,8 @@ def run(
       all of FP32's. 14 emulates what the tensor cores do without promotion.
   """
 
+  if t.together > t.stages:
+    raise ValueError(f"{t.together} steps at once do not fit in {t.stages} stages: {t}")
   piece = _store_columns(t, out.dtype)
   if out.shape[-1] <= piece < t.columns:  # one piece's view has no coordinate for more
     raise ValueError(
@@ -204,7 +209,7 @@ def _multiply_tiles(describe, tiles, ring, store, warpgroup):
     steps = work.steps
     if work.busy is not None:
       steps = jnp.where(warpgroup < work.busy, steps, 0)
-    sums = lax.fori_loop(0, steps, part.add_step, zeros)
+    sums = part.add_all(steps, zeros)
     if work.busy is not None:
       lax.fori_loop(steps, work.steps, part.skip_step, None)
     if work.rows is not None:

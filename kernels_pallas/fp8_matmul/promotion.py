@@ -89,6 +89,31 @@ class Part:
     plgpu.barrier_wait(self.ring.filled.at[self.slot(k)])
     self.free(k)
 
+  def add_all(self, steps, sums):
+    """All steps: `together` at a time as far as they go, then one by one."""
+    count, done = self.ring.t.together, 0
+    if count > 1:
+      rounds = lax.div(steps, count)
+      sums = lax.fori_loop(0, rounds, self._add_steps, sums)
+      done = rounds * count
+    return lax.fori_loop(done, steps, self.add_step, sums)
+
+  def _add_steps(self, i, sums):
+    """`together` steps, each into an accumulator of its own, promoted in order."""
+    columns, count = self.ring.t.columns, self.ring.t.together
+    steps = [i * count + j for j in range(count)]
+    scalars = [self.wait(k) for k in steps]
+
+    def multiply(*accumulators):
+      for acc, k in zip(accumulators, steps):
+        self.start(acc, k, pl.ds(0, columns))
+      return [self.row_scales(k) for k in steps], [acc[...] for acc in accumulators]
+
+    scales, products = pl.run_scoped(multiply, *[_accumulator(columns)] * count)
+    for k, product, *scale in zip(steps, products, scales, scalars):
+      sums = self.promote(product, k, scale, sums, 0, True)
+    return sums
+
   def add_step(self, k, sums):
     """One step by itself: multiply, wait, promote."""
     ring, columns, scalars = self.ring, self.ring.t.columns, self.wait(k)

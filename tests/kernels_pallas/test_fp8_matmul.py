@@ -35,6 +35,9 @@ TILINGS = [
   Tiling(columns=64, stages=7),
   Tiling(columns=32, stages=8),
   Tiling(stages=4, warpgroups=3),
+  Tiling(64, 7, together=3),
+  Tiling(64, 12, warpgroups=1, together=4),
+  Tiling(16, 16, warpgroups=1, together=8),
 ]
 # V3's (N, K), every one lowered.
 V3_SHAPES = [
@@ -142,10 +145,18 @@ def test_accumulation_in_14_bits_is_what_the_paper_measures():
 
 
 @on("cpu")
-def test_gpu_kernel_interpreted():
+@pytest.mark.parametrize(
+  ("shape", "tiling"),
+  [
+    ((130, 192, 320), Tiling(256, 2, fresh=128)),
+    ((60, 48, 640), Tiling(16, 3, 1, warpgroups=1, together=2)),
+  ],
+  ids=str,
+)
+def test_gpu_kernel_interpreted(shape, tiling):
   """The kernel's own logic on any machine."""
-  _, _, a, sa, b, sb = inputs(130, 192, 320)
-  interpret, tiling = plgpu.InterpretGPUParams(), Tiling(256, 2, fresh=128)
+  _, _, a, sa, b, sb = inputs(*shape)
+  interpret = plgpu.InterpretGPUParams()
   got = gpu.multiply(
     a, sa, b[None], sb[None], out_dtype=jnp.float32, tiling=tiling, interpret=interpret
   )
@@ -217,6 +228,18 @@ def test_table_of_tilings():
     jax.eval_shape(
       lambda *a: gpu.multiply(*a, tiling=Tiling()), *forward_specs(8, 64, 128)
     )
+
+
+def test_tilings_of_few_rows():
+  """As wide as leaves work for most multiprocessors; groups need 128 rows a tile."""
+  for n, width in ((24576, 64), (7168, 64), (4096, 32), (2112, 16), (64, 16)):
+    for rows, warpgroups in ((1, 1), (64, 1), (65, 2), (128, 2)):
+      found = tilings.forward(rows, n, 7168)
+      assert (found.columns, found.warpgroups) == (width, warpgroups)
+    assert tilings.masked(64, n).rows == tilings.grouped(64, n, 4).rows == 128
+  few = Tiling(64, stages=2, together=3)
+  with pytest.raises(ValueError, match="3 steps at once do not fit in 2 stages"):
+    jax.eval_shape(lambda *a: gpu.multiply(*a, tiling=few), *forward_specs(8, 128, 128))
 
 
 @pytest.mark.parametrize(
