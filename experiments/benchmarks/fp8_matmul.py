@@ -46,6 +46,7 @@ SMALL_ROWS = 256  # up to here the time is that of moving the weights
 PRODUCTS = ("forward", "dw")
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def codes(key, rows, columns):
   """Random normal values quantised by 1 x 128, and their scales, contraction first."""
   x = jax.random.normal(key, (rows, columns // 128, 128), jnp.float32)
