@@ -54,12 +54,19 @@ def _swiglu(tiles, gate):
 
 def _swiglu_backward(tiles, gate):
   """Gradients of both halves of h, and the terms of the gate's."""
+  (da, du, _), term = _swiglu_backward_and_y(tiles, gate)
+  return [da, du], term
+
+
+def _swiglu_backward_and_y(tiles, gate):
+  """These and SwiGLU's output again, from one reading of the tiles."""
   a, u, dy = tiles
   sigmoid = _sigmoid(a)
   silu = a * sigmoid
-  term = dy * silu * u
-  dy = dy if gate is None else dy * gate
-  return [dy * u * sigmoid * (1.0 + a * (1.0 - sigmoid)), dy * silu], term
+  y, term = silu * u, dy * silu * u
+  if gate is not None:
+    y, dy = y * gate, dy * gate
+  return [dy * u * (sigmoid + silu * (1.0 - sigmoid)), dy * silu, y], term
 
 
 def _plain(tiles, gate):
@@ -67,8 +74,10 @@ def _plain(tiles, gate):
   return tiles, None
 
 
-_PLAIN, _SWIGLU = [Output(_plain, 1)], [Output(_swiglu, 1)]
-_INPUT = [Output(_plain, 2, power_of_two=True)]  # both halves of h
+_PLAIN, _SWIGLU = [Output(_plain)], [Output(_swiglu)]
+_INPUT = [Output(_plain, (2,), power_of_two=True)]  # both halves of h
+_BACKWARD = [Output(_swiglu_backward, (2,))]
+_BACKWARD_AND_Y = [Output(_swiglu_backward_and_y, (2, 1))]
 
 
 def _quantize(
@@ -185,13 +194,12 @@ def swiglu_quantize_backward(
   interpret=None,
 ) -> tuple:
   F = dy_ZF.shape[1]
-  gradients = [Output(_swiglu_backward, 2)]
   q_rows, q_columns, terms_fZ = quantize_tiles(
     [*_halves(h_Z2F), Matrix(dy_ZF)],
     gate_Z,
     rows,
-    gradients,
-    gradients + (_SWIGLU if with_y else []),
+    _BACKWARD,
+    _BACKWARD_AND_Y if with_y else _BACKWARD,
     columns=F,
     sums=gate_Z is not None,
     power_of_two=power_of_two,

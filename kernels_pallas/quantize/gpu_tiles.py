@@ -34,20 +34,26 @@ from kernels_pallas.quantize.gpu_ring import (
 from kernels_pallas.quantize.reference import TILE, Quantized
 
 _CHUNK = 64  # columns computed at once, to need few registers
+_SLOTS = 2  # of a warpgroup's codes that may be on their way to memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-  """What to quantise: V values side by side (or, of the transpose, below each other).
+  """What to quantise, into one array or several.
 
-  `values(tiles, gate)` makes them in FP32 from the sources' values and the gate's, and
-  with them what to sum along rows, or None. `power_of_two`: these scales are powers of
-  two even where those of other outputs are not.
+  `values(tiles, gate)` makes V values in FP32 from the sources' values and the gate's,
+  and with them what to sum along rows, or None. `arrays`: how many of them lie side by
+  side (or, of the transpose, below each other) in each array. `power_of_two`: these
+  scales are powers of two even where those of other outputs are not.
   """
 
   values: Callable[..., tuple[list[jax.Array], jax.Array | None]]
-  V: int
+  arrays: tuple[int, ...] = (1,)
   power_of_two: bool = False
+
+  @property
+  def V(self) -> int:
+    return sum(self.arrays)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,22 +91,23 @@ def quantize_tiles(
     num_sms: multiprocessors to use, None for all.
 
   Returns:
-    Quantised outputs along rows (V K columns), along columns (V K rows), and for each
-    tile column the sums over its 128 columns, [k, M].
+    Quantised arrays along rows (K columns for each value), along columns (K rows for
+    each), and for each tile column the sums over its 128 columns, [k, M].
   """
   M, K = sources[0].array.shape[0], columns
   m, k = pl.cdiv(M, TILE), pl.cdiv(K, TILE)
   outputs = *by_rows, *by_columns
-  slots = max(2, *(output.V for output in outputs))
   per_tile = sum(output.V for output in outputs)
+  along_rows = [count for output in by_rows for count in output.arrays]
+  along_columns = [count for output in by_columns for count in output.arrays]
   codes = Codes(jnp.dtype(dtype), power_of_two, interpreted=interpret is not None)
   out = []  # scales are written for whole tiles
-  for output in by_rows:
-    out.append(jax.ShapeDtypeStruct((M, output.V * K), dtype))
-    out.append(jax.ShapeDtypeStruct((output.V * k, m * TILE), jnp.float32))
-  for output in by_columns:
-    out.append(jax.ShapeDtypeStruct((output.V * K, M), dtype))
-    out.append(jax.ShapeDtypeStruct((m, output.V * k * TILE), jnp.float32))
+  for count in along_rows:
+    out.append(jax.ShapeDtypeStruct((M, count * K), dtype))
+    out.append(jax.ShapeDtypeStruct((count * k, m * TILE), jnp.float32))
+  for count in along_columns:
+    out.append(jax.ShapeDtypeStruct((count * K, M), dtype))
+    out.append(jax.ShapeDtypeStruct((m, count * k * TILE), jnp.float32))
   out += [jax.ShapeDtypeStruct((k, m * TILE), jnp.float32)] if sums else []
 
   def compute(place, t, tiles, scalar_refs, out_refs, scratch):
@@ -110,9 +117,10 @@ def quantize_tiles(
     matrices = [refs.pop(0) for _ in sources]
     scales = [None if x.scales is None else refs.pop(0) for x in sources]
     [gate_ref] = refs or [None]
-    staging = _Staging(scratch[0], slots, t * per_tile)
+    staging = _Staging(scratch[0], t * per_tile)
+    left = list(out_refs)
     for n, output in enumerate(outputs):
-      refs = out_refs[2 * n : 2 * n + 2]
+      refs = [(left.pop(0), left.pop(0)) for _ in output.arrays]
       sums_ref = out_refs[-1] if sums and n == 0 else None
       power = power_of_two or output.power_of_two
       of_output = dataclasses.replace(codes, power_of_two=power)
@@ -126,17 +134,15 @@ def quantize_tiles(
     _sources(sources, gate_M),
     [] if rows is None else [jnp.asarray(rows, jnp.int32).reshape(1)],
     out,
-    lambda teams: [swizzled((teams, WARPGROUPS, slots, STEP, TILE), dtype)],
-    WARPGROUPS * slots * STEP * TILE,
+    lambda teams: [swizzled((teams, WARPGROUPS, _SLOTS, STEP, TILE), dtype)],
+    WARPGROUPS * _SLOTS * STEP * TILE,
     num_sms,
     interpret,
   )
   pairs = list(zip(results[::2], results[1::2]))
-  edge = len(by_rows)
+  edge, end = len(along_rows), len(along_rows + along_columns)
   quantised_rows = [(q, s[:, :M]) for q, s in pairs[:edge]]
-  quantised_columns = [
-    (q, s[:, : q.shape[0]]) for q, s in pairs[edge : edge + len(by_columns)]
-  ]
+  quantised_columns = [(q, s[:, : q.shape[0]]) for q, s in pairs[edge:end]]
   return quantised_rows, quantised_columns, results[-1][:, :M] if sums else None
 
 
@@ -169,16 +175,12 @@ class _Staging:
   """Slots in shared memory from which TMA stores codes; `used` counts them."""
 
   ref: Any
-  slots: int
   used: Any
 
-  def wait_for(self, count: int) -> None:
-    """Until so many slots are free again."""
-    plgpu.wait_smem_to_gmem(self.slots - count, wait_read_only=True)
-
   def slot(self, index: int):
-    at = lax.rem(self.used + index, self.slots)
-    return self.ref.at[warpgroup(), at]
+    """The next slot, once what it held before has been read."""
+    plgpu.wait_smem_to_gmem(_SLOTS - 1, wait_read_only=True)
+    return self.ref.at[warpgroup(), lax.rem(self.used + index, _SLOTS)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +198,6 @@ class _Tile:
 
   def write(self, output: Output, refs, sums_ref, staging, transposed: bool) -> None:
     """Computes, quantises and stores this warpgroup's share of one output."""
-    q_ref, s_ref = refs
     start = warpgroup() * STEP
     across, along = (self.k, self.m) if transposed else (self.m, self.k)
     of_chunk = [
@@ -207,11 +208,13 @@ class _Tile:
       at = pl.ds(across * TILE + start, STEP)
       terms = [term for _, term in of_chunk if term is not None]
       sums_ref[along, at] = jnp.sum(_accumulate(jnp.add, terms), axis=1)
-    staging.wait_for(output.V)
-    for v in range(output.V):
+    places = [
+      (pair, n) for pair, count in zip(refs, output.arrays) for n in range(count)
+    ]
+    for v, ((q_ref, s_ref), n) in enumerate(places):
       chunks = [values[v] for values, _ in of_chunk]
-      # Of the outputs side by side, the v-th begins V K columns or rows further.
-      row, column = (v * self.k_tiles, 0) if transposed else (0, v * self.k_tiles)
+      # Of values side by side, the n-th begins n K columns or rows further.
+      row, column = (n * self.k_tiles, 0) if transposed else (0, n * self.k_tiles)
       at = pl.ds((row + across) * TILE + start, STEP)
       slot = staging.slot(v)
       s_ref[column + along, at] = self._quantize(chunks, slot)
