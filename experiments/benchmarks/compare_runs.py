@@ -1,7 +1,8 @@
 """Loss curves of runs against a base, step by step, from their metrics.jsonl.
 
     python -m experiments.benchmarks.compare_runs --base runs/bf16 --others runs/fp8 \
-      [--skip WARMUP] [--window 50] [--bound 0.0025] [--biases] [--out curves.png]
+      [--skip WARMUP] [--window 50] [--bound 0.0025] [--mtp] [--biases] \
+      [--out curves.png]
 
 Several bases, such as runs that differ only in roundings, count as one with their mean
 loss at each step; each of them is then compared with that mean as well, which shows
@@ -11,6 +12,8 @@ Runs that are still under way are compared as far as all have come. Both losses 
 smoothed by the mean of the last `--window` steps, then divided; a window counts when
 it lies wholly after the warm-up, so the first value is that of step skip + window.
 Single steps are compared after the warm-up too.
+
+`--mtp` compares the loss of multi-token prediction instead of the model's own.
 
 `--biases` reads the router biases of the newest checkpoints, which must be of one
 step. Left out: whether each update was the same, as only their sums are kept.
@@ -65,6 +68,20 @@ class Comparison:
 def losses(records: Records) -> dict[int, float]:
   """Loss by step, without steps whose loss was not finite."""
   return {r["step"]: r["loss"] for r in records if r["loss"] is not None}
+
+
+def mtp_only(label: str, records: Records) -> Records:
+  """The records with the loss of multi-token prediction in the place of the model's."""
+  if not any(r.get("mtp_loss") for r in records):
+    raise SystemExit(f"error: {label} has no loss of MTP: leave out --mtp")
+  return [
+    {
+      **r,
+      "loss": None if r["loss"] is None else r["mtp_loss"],
+      "validation_loss": r.get("validation_mtp_loss"),
+    }
+    for r in records
+  ]
 
 
 def mean_of(runs: list[Records]) -> Records:
@@ -196,6 +213,7 @@ def draw(
   base: str,
   window: int,
   bound: float,
+  kind: str,
   path: Path,
 ) -> None:
   """Smoothed losses, and below them the relative differences to the base."""
@@ -212,7 +230,7 @@ def draw(
       below.plot(found[label].smooth_steps, 100 * smoothed, **style)
   for limit in (-bound, bound):
     below.axhline(100 * limit, color="black", linestyle=":", linewidth=1)
-  above.set(ylabel=f"loss, nats (mean of {window} steps)")
+  above.set(ylabel=f"{kind}, nats (mean of {window} steps)")
   below.set(xlabel="step", ylabel=f"% above {base}")
   for axis in (above, below):
     axis.grid(alpha=0.3)
@@ -230,6 +248,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
   )
   parser.add_argument("--window", type=int, default=50, help="steps to average")
   parser.add_argument("--bound", type=float, default=0.0025, help="of the difference")
+  parser.add_argument("--mtp", action="store_true", help="its loss, not the model's")
   parser.add_argument("--biases", action="store_true", help="compare router biases")
   parser.add_argument("--out", type=Path, help="a PNG of the curves")
   return parser.parse_args(arguments)
@@ -248,6 +267,8 @@ def main(arguments: list[str] | None = None) -> None:
   for label, records in runs.items():
     if not records:
       raise SystemExit(f"error: {label} has no metrics.jsonl yet")
+  if args.mtp:
+    runs = {label: mtp_only(label, records) for label, records in runs.items()}
   name, base, others = args.base[0].name, runs[args.base[0].name], args.others
   if len(args.base) > 1:
     name = "the mean of " + " and ".join(f.name for f in args.base)
@@ -266,7 +287,8 @@ def main(arguments: list[str] | None = None) -> None:
       print(compare_biases(args.base[0], other))
   if args.out:
     label = name if len(args.base) == 1 else "the bases' mean"
-    draw(runs, found, label, args.window, args.bound, args.out)
+    kind = "loss of MTP" if args.mtp else "loss"
+    draw(runs, found, label, args.window, args.bound, kind, args.out)
     print(f"figure: {args.out}")
 
 

@@ -94,6 +94,24 @@ def test_what_is_printed_and_drawn(tmp_path, capsys):
   assert "bound of 0.1%: FAILS" in capsys.readouterr().out
 
 
+def test_the_loss_of_mtp_instead(tmp_path, capsys):
+  def with_mtp(scale):
+    lines = records([None, *LOSSES[1:]], validation_mtp_loss=5 * scale)
+    return [line | {"mtp_loss": 3 * scale} for line in lines]
+
+  base = write(tmp_path / "bf16", with_mtp(1.0))
+  other = write(tmp_path / "fp8", with_mtp(1.001))
+  none = write(tmp_path / "none", records(LOSSES))
+  command = ["--base", str(base), "--window", "5", "--mtp", "--others"]
+  compare_runs.main([*command, str(other)])
+  printed = capsys.readouterr().out
+  assert "validation at step 40: 5.0050 (+0.100%)" in printed
+  assert "first apart at step 2" in printed
+  assert "+0.1000% on average" in printed
+  with pytest.raises(SystemExit, match="none has no loss of MTP"):
+    compare_runs.main([*command, str(none)])
+
+
 def test_several_bases_are_their_mean(tmp_path, capsys):
   scales = {"a": 1.002, "b": 0.998, "fp8": 1.001}
   folders = [
