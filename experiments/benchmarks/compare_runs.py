@@ -278,7 +278,8 @@ def main(arguments: list[str] | None = None) -> None:
     skip = warm_up_end(base)
   for label, records in runs.items():
     print(summarise(label, records, base))
-  print(f"against {name}, after step {skip}:")
+  kind = "loss of MTP" if args.mtp else "loss"
+  print(f"{kind} against {name}, after step {skip}:")
   found = {}
   for other in others:
     found[other.name] = compare(base, runs[other.name], skip, args.window)
@@ -287,7 +288,6 @@ def main(arguments: list[str] | None = None) -> None:
       print(compare_biases(args.base[0], other))
   if args.out:
     label = name if len(args.base) == 1 else "the bases' mean"
-    kind = "loss of MTP" if args.mtp else "loss"
     draw(runs, found, label, args.window, args.bound, kind, args.out)
     print(f"figure: {args.out}")
 

@@ -106,6 +106,7 @@ def test_the_loss_of_mtp_instead(tmp_path, capsys):
   compare_runs.main([*command, str(other)])
   printed = capsys.readouterr().out
   assert "validation at step 40: 5.0050 (+0.100%)" in printed
+  assert "loss of MTP against bf16, after step 10" in printed
   assert "first apart at step 2" in printed
   assert "+0.1000% on average" in printed
   with pytest.raises(SystemExit, match="none has no loss of MTP"):
