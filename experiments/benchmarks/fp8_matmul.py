@@ -8,6 +8,8 @@ FP32 reference, then prints medians of rounds in which the contenders take turns
   ours        kernels_pallas.fp8_matmul, impl='gpu'
   cuBLASLt    torch._scaled_mm with the same scales (1x128 by 128x128, and for the
               weight gradient 1x128 by 1x128), where torch is there
+  DeepGEMM    DeepSeek's own kernels, forward, where `deep_gemm` is installed; beside
+              JAX it may need LD_PRELOAD=libstdc++.so.6
   one scale   XLA's FP8 dot with one scale a tensor: the ceiling
   copy        for few rows, where moving the weights is what counts: half the bytes read
               and half written by XLA
@@ -19,6 +21,7 @@ in L2. A time is that of a queue of calls, divided by their number.
 
 import argparse
 import functools
+import importlib.util
 import os
 import statistics
 import time
@@ -130,31 +133,62 @@ def jax_queues(functions, sets, want=None) -> dict:
   return queues
 
 
-def torch_queue(product, m, n, k, number):
-  """The peer, on its own random inputs, as a replayed CUDA graph."""
+def torch_codes(rows, columns):
+  """As `codes`, in PyTorch; the scales [rows, columns / 128]."""
   import torch  # pyright: ignore[reportMissingImports]
 
-  def block_scaled(rows, columns):
-    x = torch.randn(rows, columns // 128, 128, device="cuda")
-    scale = x.abs().amax(2) / 448
-    x = (x / scale[:, :, None]).to(torch.float8_e4m3fn).reshape(rows, columns)
+  x = torch.randn(rows, columns // 128, 128, device="cuda")
+  scale = x.abs().amax(2) / 448
+  return (x / scale[:, :, None]).to(torch.float8_e4m3fn).reshape(rows, columns), scale
+
+
+def block_scales(n, k):
+  import torch  # pyright: ignore[reportMissingImports]
+
+  return torch.rand(-(-n // 128), k // 128, device="cuda")
+
+
+def cublaslt_call(product, m, n, k):
+  """cuBLASLt's product of random inputs of its own."""
+  import torch  # pyright: ignore[reportMissingImports]
+
+  def codes_by_token(rows, columns):
+    x, scale = torch_codes(rows, columns)
     return x, scale.t().contiguous().t()
 
-  def inputs():
-    if product == "dw":
-      a, sa = block_scaled(n, m)
-      b, sb = block_scaled(k, m)
-      return a, b.t(), sa, sb.t()
-    a, sa = block_scaled(m, k)
-    b, _ = block_scaled(n, k)
-    return a, b.t(), sa, torch.rand(-(-n // 128), k // 128, device="cuda").t()
+  if product == "dw":
+    (a, sa), (b, sb) = codes_by_token(n, m), codes_by_token(k, m)
+    dtype = torch.float32
+  else:
+    (a, sa), (b, _) = codes_by_token(m, k), torch_codes(n, k)
+    sb, dtype = block_scales(n, k), torch.bfloat16
+  scales = {"scale_a": sa, "scale_b": sb.t()}
+  return lambda: torch._scaled_mm(a, b.t(), **scales, out_dtype=dtype)
 
-  dtype = torch.float32 if product == "dw" else torch.bfloat16
-  sets = [inputs() for _ in range(number)]
+
+def deep_gemm_call(product, m, n, k):
+  """DeepGEMM's product of random inputs of its own; its scales in its layout."""
+  import deep_gemm  # pyright: ignore[reportMissingImports]
+  import torch  # pyright: ignore[reportMissingImports]
+
+  if product == "dw":
+    raise NotImplementedError("the weight gradient is not compared")
+  (a, sa), (b, _) = torch_codes(m, k), torch_codes(n, k)
+  left = a, deep_gemm.get_mn_major_tma_aligned_tensor(sa)
+  right = b, block_scales(n, k)
+  out = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
+  return lambda: deep_gemm.fp8_gemm_nt(left, right, out)
+
+
+def torch_queue(call, product, m, n, k, number):
+  """A peer's calls on several sets of inputs, as a replayed CUDA graph."""
+  import torch  # pyright: ignore[reportMissingImports]
+
+  calls = [call(product, m, n, k) for _ in range(number)]
 
   def once():
-    for a, b, sa, sb in sets:
-      torch._scaled_mm(a, b, scale_a=sa, scale_b=sb, out_dtype=dtype)
+    for run in calls:
+      run()
 
   once()
   torch.cuda.synchronize()
@@ -162,12 +196,20 @@ def torch_queue(product, m, n, k, number):
   with torch.cuda.graph(graph):
     once()
 
-  def queue(times):
+  def queue(times, _inputs_of=calls):  # which the graph reads
     for _ in range(times):
       graph.replay()
     torch.cuda.synchronize()
 
   return queue
+
+
+def peers(product) -> dict:
+  """Calls of PyTorch's world by name."""
+  found = {"cuBLASLt": cublaslt_call}
+  if product == "forward" and importlib.util.find_spec("deep_gemm"):
+    found["DeepGEMM"] = deep_gemm_call
+  return found
 
 
 def medians(queues, calls, seconds, rounds) -> dict[str, float]:
@@ -229,10 +271,11 @@ def report(product, m, n, k, flags) -> float | None:
   want = exact(product, sets[0]) if flags.check else None
   queues = jax_queues({"ours": ours(product)}, sets, want)
   queues |= jax_queues({"one scale": one_scale(product)}, sets)
-  try:
-    queues["cuBLASLt"] = torch_queue(product, m, n, k, len(sets))
-  except Exception as problem:
-    print(f"  cuBLASLt: {type(problem).__name__}: {str(problem)[:300]}", flush=True)
+  for name, call in peers(product).items():
+    try:
+      queues[name] = torch_queue(call, product, m, n, k, len(sets))
+    except Exception as problem:
+      print(f"  {name}: {type(problem).__name__}: {str(problem)[:300]}", flush=True)
   if m <= SMALL_ROWS:
     queues |= copies(bytes_moved(product, m, n, k), len(sets))
   times = medians(queues, len(sets), flags.seconds, flags.rounds)

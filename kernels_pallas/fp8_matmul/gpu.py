@@ -144,6 +144,7 @@ def multiply_groups(
       out=c_ref.at[piece, at_rows, at_columns],
       rows=filled,
       busy=busy,
+      copied=_copied(busy, in_groups=form > 0),
     )
 
   fill = run(
@@ -214,6 +215,7 @@ def multiply_tokens(
       column_scales=lambda k: sb_ref.at[start + k, at_columns],
       out=c_ref.at[expert, at_rows, at_columns],
       busy=busy,
+      copied=_copied(busy, in_groups=experts > 1),
     )
 
   fill = run(
@@ -249,6 +251,15 @@ def _place(i, cut: tilings.Cut, across: int, t: Tiling):
     jnp.where(is_whole, column, low_column),
     jnp.where(is_whole, t.warpgroups, cut.busy),
   )
+
+
+def _copied(busy, in_groups: bool):
+  """Warpgroups whose rows are copied to a tile that keeps `busy` of them.
+
+  In a wave of lower tiles copying is what takes time. Between whole tiles, as groups
+  have them, copying less took as long or up to 4% longer on H200s.
+  """
+  return None if in_groups else busy
 
 
 def _pad_last(x_IM: jax.Array) -> jax.Array:

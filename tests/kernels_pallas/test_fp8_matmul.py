@@ -150,6 +150,7 @@ def test_accumulation_in_14_bits_is_what_the_paper_measures():
   [
     ((130, 192, 320), Tiling(256, 2, fresh=128)),
     ((60, 48, 640), Tiling(16, 3, 1, warpgroups=1, together=2)),
+    ((320, 64, 320), Tiling(64, 2, warpgroups=3)),  # a whole tile and lower ones
   ],
   ids=str,
 )
@@ -165,7 +166,7 @@ def test_gpu_kernel_interpreted(shape, tiling):
 
 @on("cpu")
 def test_gpu_weight_gradient_interpreted():
-  quantized = token_inputs(192, 128, 200)
+  quantized = token_inputs(256, 128, 200)  # a whole tile and a lower one
   interpret = plgpu.InterpretGPUParams()
   got = gpu.multiply_tokens(
     *quantized, tiling=Tiling(stages=2, warpgroups=3), interpret=interpret
