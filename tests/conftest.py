@@ -11,6 +11,7 @@ Compiled programs are kept under `.pytest_cache`; the environment variable carri
 cache to programs started by a test. `make clean` removes it.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -35,6 +36,13 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 def pytest_xdist_auto_num_workers() -> int | None:
   """One worker on a GPU, whose memory each would take most of; None: one a core."""
   return 1 if HAS_GPU and os.environ.get("JAX_PLATFORMS") != "cpu" else None
+
+
+def pytest_collection_finish() -> None:
+  """Tracing makes objects by the million: looking through all of them takes 4%."""
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(200_000, 20, 100)
 
 
 def pytest_configure(config: pytest.Config) -> None:
