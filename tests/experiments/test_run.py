@@ -74,9 +74,11 @@ def _kill_after(workdir: Path, lines: int, number: signal.Signals) -> tuple[int,
 
 
 def test_killed_stopped_and_resumed_is_bit_identical(whole, tmp_path):
-  """kill -9, then SIGTERM, then to the end."""
+  """kill -9 twice, then SIGTERM, then to the end."""
   workdir = tmp_path / "run"
-  code, _ = _kill_after(workdir, 8, signal.SIGKILL)
+  code, _ = _kill_after(workdir, 4, signal.SIGKILL)
+  assert code == -signal.SIGKILL
+  code, _ = _kill_after(workdir, 13, signal.SIGKILL)
   assert code == -signal.SIGKILL
   code, err = _kill_after(workdir, 20, signal.SIGTERM)
   assert code == 0, err

@@ -136,7 +136,7 @@ def assert_same(a, b):
     assert moved.max() < 2e-3, name
 
 
-@pytest.mark.parametrize("mesh", [(1, 2, 4), (1, 8, 1), (1, 1, 4, 2)])
+@pytest.mark.parametrize("mesh", [(1, 2, 4), (1, 8, 1), (1, 1, 8), (1, 1, 4, 2)])
 def test_meshes_agree(mesh):
   config = make_config(mesh)
   found = run(config)
