@@ -166,13 +166,11 @@ def cublaslt_call(product, m, n, k):
   return lambda: torch._scaled_mm(a, b.t(), **scales, out_dtype=dtype)
 
 
-def deep_gemm_call(product, m, n, k):
-  """DeepGEMM's product of random inputs of its own; its scales in its layout."""
+def deep_gemm_call(m, n, k):
+  """DeepGEMM's forward product of random inputs of its own, scales in its layout."""
   import deep_gemm  # pyright: ignore[reportMissingImports]
   import torch  # pyright: ignore[reportMissingImports]
 
-  if product == "dw":
-    raise NotImplementedError("the weight gradient is not compared")
   (a, sa), (b, _) = torch_codes(m, k), torch_codes(n, k)
   left = a, deep_gemm.get_mn_major_tma_aligned_tensor(sa)
   right = b, block_scales(n, k)
@@ -180,15 +178,23 @@ def deep_gemm_call(product, m, n, k):
   return lambda: deep_gemm.fp8_gemm_nt(left, right, out)
 
 
-def torch_queue(call, product, m, n, k, number):
+def peers(product, m, n, k) -> dict:
+  """By name, what makes one of the peer's calls."""
+  found = {"cuBLASLt": functools.partial(cublaslt_call, product, m, n, k)}
+  if product == "forward" and importlib.util.find_spec("deep_gemm"):
+    found["DeepGEMM"] = functools.partial(deep_gemm_call, m, n, k)
+  return found
+
+
+def torch_queue(make_call, number):
   """A peer's calls on several sets of inputs, as a replayed CUDA graph."""
   import torch  # pyright: ignore[reportMissingImports]
 
-  calls = [call(product, m, n, k) for _ in range(number)]
+  calls = [make_call() for _ in range(number)]
 
   def once():
-    for run in calls:
-      run()
+    for call in calls:
+      call()
 
   once()
   torch.cuda.synchronize()
@@ -202,14 +208,6 @@ def torch_queue(call, product, m, n, k, number):
     torch.cuda.synchronize()
 
   return queue
-
-
-def peers(product) -> dict:
-  """Calls of PyTorch's world by name."""
-  found = {"cuBLASLt": cublaslt_call}
-  if product == "forward" and importlib.util.find_spec("deep_gemm"):
-    found["DeepGEMM"] = deep_gemm_call
-  return found
 
 
 def medians(queues, calls, seconds, rounds) -> dict[str, float]:
@@ -271,9 +269,9 @@ def report(product, m, n, k, flags) -> float | None:
   want = exact(product, sets[0]) if flags.check else None
   queues = jax_queues({"ours": ours(product)}, sets, want)
   queues |= jax_queues({"one scale": one_scale(product)}, sets)
-  for name, call in peers(product).items():
+  for name, make_call in peers(product, m, n, k).items():
     try:
-      queues[name] = torch_queue(call, product, m, n, k, len(sets))
+      queues[name] = torch_queue(make_call, len(sets))
     except Exception as problem:
       print(f"  {name}: {type(problem).__name__}: {str(problem)[:300]}", flush=True)
   if m <= SMALL_ROWS:
