@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +33,13 @@ def streaming_multiprocessors() -> int:
 
 def swizzled(shape: tuple[int, ...], dtype, bytes_: int = 128):
   """Shared memory in the layout that TMA and wgmma both take, rows of `bytes_`."""
+  return plgpu.SMEM(shape, dtype, transforms=transforms(dtype, bytes_))
+
+
+def transforms(dtype, bytes_: int) -> tuple[Any, Any]:
+  """Those of `swizzled`."""
   columns = bytes_ // jnp.dtype(dtype).itemsize
-  transforms = (
+  return (
     plgpu.TilingTransform((8, columns)),  # pyright: ignore[reportAbstractUsage]
     plgpu.SwizzleTransform(bytes_),  # pyright: ignore[reportAbstractUsage]
   )
-  return plgpu.SMEM(shape, dtype, transforms=transforms)

@@ -8,6 +8,8 @@ a weight gradient; a lower-case letter is that dimension / 128, rounded up. `sum
 is as persistent.run has it.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -15,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.fp8_matmul import tilings
+from kernels_pallas.fp8_matmul.barriers import View
 from kernels_pallas.fp8_matmul.persistent import (
   BLOCK,
   WARPGROUP_ROWS,
@@ -94,13 +97,13 @@ def multiply_groups(
       and how many of them it keeps busy. None: matrix 0.
   """
   (pieces, rows, depth), (experts, columns) = a_GCK.shape, b_ENK.shape[:2]
-  t = tiling or tilings.masked(pieces * rows, columns)
+  t = _alone(tiling or tilings.masked(pieces * rows, columns), num_sms, interpret)
   form = 0 if blocks is None else blocks.shape[0]  # rows of the table
   if form and (t.warpgroups > 2) != (form == 3):
     raise ValueError(f"a table of {form} rows has no tiles of {t}")
   if blocks is None and pieces > 1:
     raise ValueError(f"{pieces} pieces of rows need a table of blocks")
-  per_piece, across = pl.cdiv(rows, t.rows), pl.cdiv(columns, t.columns)
+  per_piece, across = pl.cdiv(rows, t.rows), tilings.across(columns, t)
   if blocks is None:
     cut = tilings.cut(rows, columns, t, num_sms)
   else:
@@ -124,12 +127,14 @@ def multiply_groups(
     if form == 3:
       piece, start = 0, group_refs[0][1, row] * WARPGROUP_ROWS
       busy = group_refs[0][2, row]
+    column = _of_block(column, t)
     at_rows = pl.ds(start, t.rows)
     at_columns = pl.ds(column * t.columns, t.columns)
 
     def operands(k):
       at_depth = pl.ds(k * BLOCK, BLOCK)
-      return a_ref.at[piece, at_rows, at_depth], b_ref.at[group, at_columns, at_depth]
+      a = View(a_ref, (piece, at_rows, at_depth), shared=True)
+      return a, View(b_ref, (group, at_columns, at_depth))
 
     def column_scales(k):
       starts = range(0, t.columns, width)
@@ -139,12 +144,11 @@ def multiply_groups(
     return Tile(
       steps=jnp.int32(steps),
       operands=operands,
-      row_scales=lambda k: sa_ref.at[k, piece, at_rows],
+      row_scales=lambda k: View(sa_ref, (k, piece, at_rows)),
       column_scales=column_scales,
       out=c_ref.at[piece, at_rows, at_columns],
       rows=filled,
       busy=busy,
-      copied=_copied(busy, in_groups=form > 0),
     )
 
   fill = run(
@@ -155,6 +159,7 @@ def multiply_groups(
     scale_each_column=False,
     num_sms=num_sms,
     sum_bits=sum_bits,
+    steps=pl.cdiv(depth, BLOCK),
     swizzle=BLOCK if depth % BLOCK == 0 else BLOCK // 2,
     interpret=interpret,
   )
@@ -187,52 +192,65 @@ def multiply_tokens(
   (i_size, tokens), j_size = a_IM.shape, b_JM.shape[0]
   experts = 1 if spans_2E is None else spans_2E.shape[1]
   t = tiling or tilings.weight_gradient(i_size, j_size, tokens)
+  t = _alone(t, num_sms, interpret)
   cut = tilings.remainder(i_size, t)
   if experts == 1:
     cut = tilings.cut(i_size, j_size, t, num_sms)
-  across = pl.cdiv(j_size, t.columns)
-  tiles = (cut.whole + cut.lower) * across  # of one weight
+  across = tilings.across(j_size, t)
 
   def tile(i, *refs):
     *span_refs, a_ref, sa_ref, b_ref, sb_ref, c_ref = refs
-    expert = lax.div(i, tiles)
-    row, column, busy = _place(lax.rem(i, tiles), cut, across, t)
+    expert, i = _of_expert(i, experts, cut.whole * across, cut.lower * across)
+    row, column, busy = _place(i, cut, across, t)
     start, steps = 0, pl.cdiv(tokens, BLOCK)
     if span_refs:
       start = lax.div(span_refs[0][0, expert], BLOCK)
       steps = lax.div(span_refs[0][1, expert], BLOCK)
+    column = _of_block(column, t)
     at_rows = pl.ds(row, t.rows)
     at_columns = pl.ds(column * t.columns, t.columns)
 
     def operands(k):
       at_tokens = pl.ds((start + k) * BLOCK, BLOCK)
-      return a_ref.at[at_rows, at_tokens], b_ref.at[at_columns, at_tokens]
+      return View(a_ref, (at_rows, at_tokens), shared=True), View(
+        b_ref, (at_columns, at_tokens)
+      )
 
     return Tile(
       steps=jnp.int32(steps),
       operands=operands,
-      row_scales=lambda k: sa_ref.at[start + k, at_rows],
-      column_scales=lambda k: sb_ref.at[start + k, at_columns],
+      row_scales=lambda k: View(sa_ref, (start + k, at_rows)),
+      column_scales=lambda k: View(sb_ref, (start + k, at_columns)),
       out=c_ref.at[expert, at_rows, at_columns],
       busy=busy,
-      copied=_copied(busy, in_groups=experts > 1),
     )
 
   fill = run(
     tile,
-    experts * tiles,
+    experts * (cut.whole + cut.lower) * across,
     jax.ShapeDtypeStruct((experts, i_size, j_size), jnp.float32),
     t,
     scale_each_column=True,
     add_to=c_EIJ,
     num_sms=num_sms,
     sum_bits=sum_bits,
+    steps=pl.cdiv(tokens, BLOCK) if spans_2E is None else None,
     interpret=interpret,
   )
   a_IM, b_JM = _pad_last(a_IM), _pad_last(b_JM)
   if spans_2E is None:
     return fill(a_IM, sa_mI, b_JM, sb_mJ)
   return fill(spans_2E.astype(jnp.int32), a_IM, sa_mI, b_JM, sb_mJ)
+
+
+def _alone(t: Tiling, num_sms: int | None, interpret) -> Tiling:
+  """Clusters only where the kernel has the whole GPU.
+
+  Beside another kernel two free multiprocessors may not be neighbours.
+  """
+  if num_sms is None and interpret is None:
+    return t
+  return dataclasses.replace(t, cluster=1)
 
 
 def _place(i, cut: tilings.Cut, across: int, t: Tiling):
@@ -253,13 +271,20 @@ def _place(i, cut: tilings.Cut, across: int, t: Tiling):
   )
 
 
-def _copied(busy, in_groups: bool):
-  """Warpgroups whose rows are copied to a tile that keeps `busy` of them.
+def _of_block(column, t: Tiling):
+  """Of the tiles that a cluster has side by side, this thread block's."""
+  if t.cluster == 1:
+    return column
+  return column * t.cluster + lax.axis_index("block")
 
-  In a wave of lower tiles copying is what takes time. Between whole tiles, as groups
-  have them, copying less took as long or up to 4% longer on H200s.
-  """
-  return None if in_groups else busy
+
+def _of_expert(i, experts: int, whole: int, lower: int):
+  """Whose tile the i-th is, and its number there: all whole tiles come first."""
+  if not (whole and lower) or experts == 1:
+    return lax.div(i, whole + lower), lax.rem(i, whole + lower)
+  low = i - experts * whole
+  expert = jnp.where(low < 0, lax.div(i, whole), lax.div(low, lower))
+  return expert, jnp.where(low < 0, lax.rem(i, whole), whole + lax.rem(low, lower))
 
 
 def _pad_last(x_IM: jax.Array) -> jax.Array:

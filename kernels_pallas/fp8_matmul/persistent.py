@@ -1,16 +1,20 @@
 """The persistent FP8 kernel for NVIDIA Hopper, of the dense and grouped products.
 
-A thread block walks over tiles of the output. Its last warpgroup copies operands and
-their scales into a ring of shared memory by TMA, running ahead into the next tile; the
-others, up to three, multiply 64 of the tile's rows each.
+A thread block walks over tiles of the output. A warp of its last warpgroup copies
+operands and their scales into a ring of shared memory by TMA, running ahead into the
+next tile; the other warpgroups, up to three, multiply 64 of the tile's rows each.
 Promotion is DeepSeek's (DeepSeek-V3 report, section 3.3.2; DeepGEMM): 128 of the
 contraction go through the tensor cores into a fresh accumulator, which is then scaled
 and added to sums in FP32 registers. While one warpgroup promotes, the other's products
 keep the tensor cores busy.
 
-Left out: Blackwell, and clusters whose thread blocks fetch a shared operand once for
-both: with the wait that they need before a slot is free again they took as long or up
-to 8% longer on H200s.
+What bounds it on an H200 (Nsight Compute): with three warpgroups the tensor cores are
+busy 90 to 95% of the cycles and shared memory as much, and the clock falls to what 700
+W allow, so that each instruction left out counts. Hence barriers of our own
+(barriers.py), loops that turn once a round, and pairs of thread blocks that fetch their
+rows once.
+
+Left out: Blackwell.
 """
 
 import dataclasses
@@ -25,6 +29,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.fp8_matmul.barriers import PerThread, PerWarp, View
 from kernels_pallas.fp8_matmul.promotion import WARPGROUP_ROWS, Part, Ring
 from kernels_pallas.hopper import streaming_multiprocessors, swizzled
 
@@ -45,6 +50,8 @@ class Tiling:
       products in the tensor cores' queue while one promotes, but fewer registers.
     together: steps that are waited for and multiplied at once, up to `stages`: in tiles
       so small that a step is mostly latency.
+    cluster: thread blocks, 1 or 2, that fetch the rows of a once for all of them; their
+      tiles lie side by side.
   """
 
   columns: int = 128
@@ -53,6 +60,7 @@ class Tiling:
   fresh: int = 0
   warpgroups: int = 2
   together: int = 1
+  cluster: int = 1
 
   @property
   def rows(self) -> int:
@@ -72,13 +80,12 @@ class Tile:
   """What a tile of the output needs, as views of global memory for step k."""
 
   steps: Any
-  operands: Callable[[Any], tuple[Any, Any]]  # a [rows, 128], b [columns, 128]
-  row_scales: Callable[[Any], Any]  # [rows]
-  column_scales: Callable[[Any], Any]  # a view [columns], or scalars a granule each
+  operands: Callable[[Any], tuple[View, View]]  # a [rows, 128], b [columns, 128]
+  row_scales: Callable[[Any], View]  # [rows]
+  column_scales: Callable[[Any], Any]  # a View [columns], or scalars a granule each
   out: Any  # [rows, columns]
   rows: Any = None  # of the tile that hold data, None for all
-  busy: Any = None  # the first warpgroups that multiply and store, None for all
-  copied: Any = None  # the first warpgroups whose rows are copied, None for all
+  busy: Any = None  # the first warpgroups that have rows of it, None for all
 
 
 def granule(columns: int) -> int:
@@ -97,6 +104,7 @@ def run(
   num_sms: int | None = None,
   swizzle: int = 128,
   sum_bits: int | None = None,
+  steps: int | None = None,
   interpret=None,
 ) -> Callable[..., jax.Array]:
   """A function of the operands that fills `out` tile by tile.
@@ -110,19 +118,39 @@ def run(
     swizzle: bytes; must divide the contracted dimension.
     sum_bits: significant bits that sums keep from one promotion to the next, None for
       all of FP32's. 14 emulates what the tensor cores do without promotion.
+    steps: of every tile that is not empty, None where they differ.
   """
 
   if t.together > t.stages:
     raise ValueError(f"{t.together} steps at once do not fit in {t.stages} stages: {t}")
+  if t.cluster > 1 and (t.together > 1 or t.fresh):
+    raise ValueError(f"clusters need steps one by one and whole sums: {t}")
   piece = _store_columns(t, out.dtype)
   if out.shape[-1] <= piece < t.columns:  # one piece's view has no coordinate for more
     raise ValueError(
       f"an output of {out.shape[-1]} columns needs tiles of {piece}: {t}"
     )
 
-  def body(*refs, out_smem, **ring):
+  # Inline instructions are not interpreted; for few rows both take as long; sums in
+  # parts have tiles so large that no shared memory is left.
+  per_warp = interpret is None and t.together == 1 and not t.fresh
+  if per_warp:
+    barriers = functools.partial(PerWarp, t.stages, t.warpgroups, t.cluster, swizzle)
+    words = PerWarp.scratch(t.stages)
+  else:
+    barriers = functools.partial(PerThread, t.stages)
+    words = PerThread.scratch(t.stages, t.warpgroups, 4 if scale_each_column else 3)
+
+  def body(*refs, out_smem, words, **slots):
     *refs, out_ref = refs
-    ring = Ring(t=t, sum_bits=sum_bits, **ring)
+    ring = Ring(
+      t=t,
+      sum_bits=sum_bits,
+      barriers=barriers(**words),
+      whole_rounds=per_warp and _in_rounds(t, steps, scale_each_column),
+      **slots,
+    )
+    ring.barriers.start()
     warpgroup = lax.axis_index("warpgroup")
 
     def describe(i):
@@ -131,7 +159,8 @@ def run(
     @pl.when(warpgroup == t.warpgroups)
     def copy():
       plgpu.set_max_registers(t.registers[0], action="decrease")
-      _copy_operands(describe, tiles, ring, scale_each_column)
+      when = pl.when(ring.barriers.copies_here())
+      when(lambda: _copy_operands(describe, tiles, ring, scale_each_column))
 
     @pl.when(warpgroup < t.warpgroups)
     def multiply():
@@ -141,10 +170,14 @@ def run(
       )
       _multiply_tiles(describe, tiles, ring, store, warpgroup)
 
+    ring.barriers.stop()
+
   sms = num_sms or (streaming_multiprocessors() if interpret is None else 2)
   mesh = plgpu.Mesh(
-    grid=(sms,),
+    grid=(sms // t.cluster,),
     grid_names=("sm",),
+    cluster=(t.cluster,) if t.cluster > 1 else (),
+    cluster_names=("block",) if t.cluster > 1 else (),
     num_threads=t.warpgroups + 1,
     thread_name="warpgroup",
   )
@@ -155,7 +188,7 @@ def run(
     interpret=interpret,
     name="fp8_matmul",
   )
-  scratch = _scratch(out.dtype, t, scale_each_column, swizzle)
+  scratch = _scratch(out.dtype, t, scale_each_column, swizzle) | {"words": words}
 
   def scoped(*refs):
     pl.run_scoped(
@@ -176,21 +209,28 @@ def run(
 def _scratch(
   out_dtype, t: Tiling, scale_each_column: bool, swizzle: int
 ) -> dict[str, Any]:
-  """Shared memory and barriers of one thread block."""
+  """Shared memory of one thread block."""
   columns = _store_columns(t, out_dtype)
   bytes_ = columns * jnp.dtype(out_dtype).itemsize
-  copies = 4 if scale_each_column else 3
   scratch = {
     "a": swizzled((t.stages, t.rows, BLOCK), jnp.float8_e4m3fn, swizzle),
     "b": swizzled((t.stages, t.columns, BLOCK), jnp.float8_e4m3fn, swizzle),
     "sa": plgpu.SMEM((t.stages, t.rows), jnp.float32),
     "out_smem": swizzled((t.warpgroups, 2, WARPGROUP_ROWS, columns), out_dtype, bytes_),
-    "filled": plgpu.Barrier(num_arrivals=copies, num_barriers=t.stages),
-    "free": plgpu.Barrier(num_arrivals=t.warpgroups, num_barriers=t.stages),
   }
   if scale_each_column:
     scratch["sb"] = plgpu.SMEM((t.stages, t.columns), jnp.float32)
   return scratch
+
+
+def _in_rounds(t: Tiling, steps: int | None, scale_each_column: bool) -> bool:
+  """Whether a turn of the loop over a tile's steps is a round through all slots.
+
+  Where each column has a scale that takes more registers than there are.
+  """
+  if scale_each_column or t.stages > 4:
+    return False
+  return steps is not None and steps % t.stages == 0
 
 
 def _multiply_tiles(describe, tiles, ring, store, warpgroup):
@@ -212,7 +252,7 @@ def _multiply_tiles(describe, tiles, ring, store, warpgroup):
       steps = jnp.where(warpgroup < work.busy, steps, 0)
     sums = part.add_all(steps, zeros)
     if work.busy is not None:
-      lax.fori_loop(steps, work.steps, part.skip_step, None)
+      part.skip_all(steps, work.steps)
     if work.rows is not None:
       sums = _mask(sums, work.rows - warpgroup * WARPGROUP_ROWS)
     if work.busy is None:
@@ -239,46 +279,31 @@ def _copy_operands(describe, tiles, ring, scale_each_column):
   def copy_tile(loop, carry):
     work = describe(loop.index[0])
 
-    def step(k, _):
-      slot = lax.rem(carry + k, t.stages)
-
-      @pl.when(carry + k >= t.stages)
-      def wait():
-        plgpu.barrier_wait(ring.free.at[slot])
-
-      def copy(source, smem):
-        plgpu.copy_gmem_to_smem(source, smem.at[slot], ring.filled.at[slot])
-
-      a, b = work.operands(k)
-      if work.copied is None:
-        copy(a, ring.a)
-      else:
-        _copy_rows(a, ring.a.at[slot], ring.filled.at[slot], work.copied)
-      copy(b, ring.b)
-      copy(work.row_scales(k), ring.sa)
+    def copy(step, rows):
+      a, b = work.operands(step.k)
+      copies = [
+        (a.rows(rows), ring.a.at[step.slot, pl.ds(0, rows)]),
+        (b, ring.b.at[step.slot]),
+        (work.row_scales(step.k), ring.sa.at[step.slot]),
+      ]
       if scale_each_column:
-        copy(work.column_scales(k), ring.sb)
+        copies.append((work.column_scales(step.k), ring.sb.at[step.slot]))
+      ring.barriers.copy(step, copies)
 
-    lax.fori_loop(0, work.steps, step, None)
+    def copy_needed(steps, _):
+      for step in steps:
+        if work.busy is None:
+          copy(step, t.rows)
+        else:
+          for warpgroups in range(1, t.warpgroups + 1):
+            when = pl.when(work.busy == warpgroups)
+            when(functools.partial(copy, step, warpgroups * WARPGROUP_ROWS))
+
+    ring.each_round(carry, 0, work.steps, copy_needed, None, unroll=False)
     return carry + work.steps
 
   each_tile = plgpu.nd_loop((tiles,), collective_axes="sm", init_carry=jnp.int32(0))
-  copied = each_tile(copy_tile)
-
-  def drain(step, _):  # the last slots: every arrival is waited for once
-    plgpu.barrier_wait(ring.free.at[lax.rem(step, t.stages)])
-
-  lax.fori_loop(jnp.maximum(copied - t.stages, 0), copied, drain, None)
-
-
-def _copy_rows(a, smem, filled, copied):
-  """Only the rows of the first `copied` warpgroups."""
-  for warpgroups in range(1, smem.shape[0] // WARPGROUP_ROWS + 1):
-
-    @pl.when(copied == warpgroups)
-    def copy(count=warpgroups):
-      rows = pl.ds(0, count * WARPGROUP_ROWS)
-      plgpu.copy_gmem_to_smem(a.at[rows], smem.at[rows], filled)
+  ring.barriers.finish(each_tile(copy_tile))
 
 
 def _store(sums, smem, out_tile, add):

@@ -14,6 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.fp8_matmul.barriers import PerThread, PerWarp, Step
+
 WARPGROUP_ROWS = 64  # of a wgmma instruction
 _BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 _BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
@@ -21,16 +23,47 @@ _BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
-  """Slots of shared memory, with a barrier each for "filled" and "free again"."""
+  """Slots of shared memory and their barriers."""
 
   t: Any
   a: Any
   b: Any
   sa: Any
-  filled: Any
-  free: Any
+  barriers: PerThread | PerWarp
   sb: Any = None
   sum_bits: int | None = None  # that sums keep, None for all of FP32's
+  whole_rounds: bool = False  # a tile's steps are a multiple of the slots
+
+  def step(self, first, k) -> Step:
+    """Step k of a tile whose step 0 has the number `first`."""
+    rounds = lax.div(first + k, self.t.stages)
+    slot = first + k - rounds * self.t.stages
+    return Step(k, first + k, slot, lax.rem(rounds, 2))
+
+  def each_round(self, first, start, stop, body, carry, unroll=True):
+    """`body(steps, carry)` for a tile's steps from `start` to `stop`.
+
+    One step at a time, or in whole rounds all slots of the ring: then addresses are
+    known up to a constant, and a warp issues a third less instructions.
+    """
+    stages = self.t.stages
+    if not (self.whole_rounds and unroll):
+
+      def one(k, carry):
+        return body([self.step(first, k)], carry)
+
+      return lax.fori_loop(start, stop, one, carry)
+
+    def whole(i, carry):
+      odd, zero = lax.rem(lax.div(first, stages) + i, 2), self.barriers.zero()
+      steps = []
+      for slot in range(stages):
+        k = i * stages + slot
+        steps.append(Step(k, first + k, zero + slot, odd))
+      return body(steps, carry)
+
+    rounds = lax.div(start, stages), lax.div(stop, stages)
+    return lax.fori_loop(*rounds, whole, carry)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,29 +75,24 @@ class Part:
   mine: Any
   first: Any
 
-  def slot(self, k):
-    return lax.rem(self.first + k, self.ring.t.stages)
+  def scalars(self, step):
+    """The scales of a step's columns, where they are scalars in global memory."""
+    return tuple(self.work.column_scales(step.k)) if self.ring.sb is None else ()
 
-  def wait(self, k):
-    """Waits for step k; the scales of its columns, where they are scalars."""
-    scalars = () if self.ring.sb is not None else tuple(self.work.column_scales(k))
-    plgpu.barrier_wait(self.ring.filled.at[self.slot(k)])
-    return scalars
+  def row_scales(self, step):
+    return plgpu.load(self.ring.sa.at[step.slot, self.mine], layout=_BY_ROW)
 
-  def row_scales(self, k):
-    return plgpu.load(self.ring.sa.at[self.slot(k), self.mine], layout=_BY_ROW)
-
-  def start(self, acc, k, columns):
+  def start(self, acc, step, columns):
     """Queues 128 of the contraction on the tensor cores."""
-    a = self.ring.a.at[self.slot(k), self.mine]
-    b = self.ring.b.at[self.slot(k), columns]
+    a = self.ring.a.at[step.slot, self.mine]
+    b = self.ring.b.at[step.slot, columns]
     plgpu.wgmma(acc, a, b.transpose((1, 0)))
 
-  def promote(self, product, k, scales, sums, at, last):
+  def promote(self, product, step, scales, sums, at, last):
     """The sums from column `at` on, with a fresh product added; frees the slot."""
-    (sa, scalars), ring, slot = scales, self.ring, self.slot(k)
+    (sa, scalars), ring = scales, self.ring
     if last and ring.sb is None:
-      self.free(k)
+      ring.barriers.release(step)
     width, new = sums[0].shape[1], list(sums)
     for i in range(at // width, (at + product.shape[1]) // width):
       start = i * width - at
@@ -72,63 +100,79 @@ class Part:
       if ring.sb is None:
         part = part * lax.broadcast_in_dim(sa * scalars[i], shape, (0,))
       else:
-        sb = plgpu.load(ring.sb.at[slot, pl.ds(i * width, width)], layout=_BY_COLUMN)
+        columns = ring.sb.at[step.slot, pl.ds(i * width, width)]
+        sb = plgpu.load(columns, layout=_BY_COLUMN)
         part = part * lax.broadcast_in_dim(sb, shape, (1,))
         part = part * lax.broadcast_in_dim(sa, shape, (0,))
       new[i] = _add(sums[i], part, ring.sum_bits)
     if last and ring.sb is not None:
-      self.free(k)
+      ring.barriers.release(step)
     return tuple(new)
 
-  def free(self, k):
-    """Reports that this warpgroup has read step k's slot."""
-    plgpu.barrier_arrive(self.ring.free.at[self.slot(k)])
+  def skip_all(self, done, steps):
+    """Frees the slots of the steps from `done` on, which others multiply."""
 
-  def skip_step(self, k, _):
-    """Frees the slot of a step that others multiply."""
-    plgpu.barrier_wait(self.ring.filled.at[self.slot(k)])
-    self.free(k)
+    def skip(steps, _):
+      for step in steps:
+        self.ring.barriers.wait(step)
+        self.ring.barriers.release(step)
+
+    self.ring.each_round(self.first, done, steps, skip, None)
 
   def add_all(self, steps, sums):
     """All steps: `together` at a time as far as they go, then one by one."""
     count, done = self.ring.t.together, 0
     if count > 1:
       rounds = lax.div(steps, count)
-      sums = lax.fori_loop(0, rounds, self._add_steps, sums)
+      sums = lax.fori_loop(0, rounds, self._add_together, sums)
       done = rounds * count
-    return lax.fori_loop(done, steps, self.add_step, sums)
+    return self.ring.each_round(self.first, done, steps, self._add_round, sums)
 
-  def _add_steps(self, i, sums):
-    """`together` steps, each into an accumulator of its own, promoted in order."""
-    columns, count = self.ring.t.columns, self.ring.t.together
-    steps = [i * count + j for j in range(count)]
-    scalars = [self.wait(k) for k in steps]
-
-    def multiply(*accumulators):
-      for acc, k in zip(accumulators, steps):
-        self.start(acc, k, pl.ds(0, columns))
-      return [self.row_scales(k) for k in steps], [acc[...] for acc in accumulators]
-
-    scales, products = pl.run_scoped(multiply, *[_accumulator(columns)] * count)
-    for k, product, *scale in zip(steps, products, scales, scalars):
-      sums = self.promote(product, k, scale, sums, 0, True)
+  def _add_round(self, steps, sums):
+    """Steps one after the other; their scalars are fetched before the first."""
+    scalars = [self.scalars(step) for step in steps]
+    for step, scale in zip(steps, scalars):
+      self.ring.barriers.wait(step)
+      sums = self._add_step(step, scale, sums)
     return sums
 
-  def add_step(self, k, sums):
-    """One step by itself: multiply, wait, promote."""
-    ring, columns, scalars = self.ring, self.ring.t.columns, self.wait(k)
+  def _add_together(self, i, sums):
+    """`together` steps, each into an accumulator of its own, promoted in order."""
+    columns, count = self.ring.t.columns, self.ring.t.together
+    steps = [self.ring.step(self.first, i * count + j) for j in range(count)]
+    scalars = [self.scalars(step) for step in steps]
+    for step in steps:
+      self.ring.barriers.wait(step)
+
+    def multiply(*accumulators):
+      for acc, step in zip(accumulators, steps):
+        self.start(acc, step, pl.ds(0, columns))
+      scales = [self.row_scales(step) for step in steps]
+      return scales, [acc[...] for acc in accumulators]
+
+    scales, products = pl.run_scoped(multiply, *[_accumulator(columns)] * count)
+    for step, product, *scale in zip(steps, products, scales, scalars):
+      sums = self.promote(product, step, scale, sums, 0, True)
+    return sums
+
+  def _add_step(self, step, scalars, sums):
+    """One step by itself, whose slot is filled: multiply, wait, promote."""
+    ring, columns = self.ring, self.ring.t.columns
     fresh = ring.t.fresh or columns
     sa = None
     for at in range(0, columns, fresh):
 
       def multiply(acc, at=at, sa=sa):
-        self.start(acc, k, pl.ds(at, fresh))
-        sa = self.row_scales(k) if sa is None else sa  # beside the product
-        return sa, acc[...]
+        def scales():  # read once, before or beside the first product
+          return self.row_scales(step) if sa is None else sa
+
+        early = scales() if ring.whole_rounds else None
+        self.start(acc, step, pl.ds(at, fresh))
+        return scales() if early is None else early, acc[...]
 
       sa, product = pl.run_scoped(multiply, _accumulator(fresh))
       last = at + fresh == columns
-      sums = self.promote(product, k, (sa, scalars), sums, at, last)
+      sums = self.promote(product, step, (sa, scalars), sums, at, last)
     return sums
 
 

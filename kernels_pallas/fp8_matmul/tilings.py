@@ -20,16 +20,17 @@ _UNEVEN = Tiling(columns=192, stages=4)
 _WIDE = Tiling(columns=256, stages=4, fresh=128)
 _TALL = Tiling(columns=128, stages=4, snake=4, warpgroups=3)
 _TALL_16 = dataclasses.replace(_TALL, snake=16)
+_TALL_PAIR = dataclasses.replace(_TALL, cluster=2)
 
-# (M, N, K) -> tiling. Of bands of 3 to 16 rows of tiles that of _TALL, the default, was
-# within 3% of the fastest at the three other shapes that were swept.
-FORWARD = {(4096, 7168, 16384): _TALL_16}
+# (M, N, K) -> tiling. Where the default, most often _TALL_PAIR, is not the fastest.
+FORWARD: dict[tuple[int, int, int], Tiling] = {}
 # (I, J, tokens) -> tiling.
-WEIGHT_GRADIENT = {(2112, 7168, 4096): _UNEVEN, (32768, 512, 4096): _SMALL}
+WEIGHT_GRADIENT: dict[tuple[int, int, int], Tiling] = {}
 # Time of a value of the output beside that of _TALL. Measured, but for _UNEVEN and
 # _WIDE forward, which were measured before their stores waited.
-_FORWARD_COST = {_TALL: 1.0, _UNEVEN: 1.05, _WIDE: 1.15}
-_WEIGHT_GRADIENT_COST = {_TALL_16: 1.0, _UNEVEN: 1.045, _SMALL: 1.11}
+_FORWARD_COST = {_TALL_PAIR: 1.0, _UNEVEN: 1.05, _WIDE: 1.15}
+_GROUPED_COST = {_TALL: 1.0, _UNEVEN: 1.1, _WIDE: 1.15}
+_WEIGHT_GRADIENT_COST = {_TALL_16: 1.0, _UNEVEN: 1.1, _SMALL: 1.15}
 # For few rows, by columns: with one warpgroup, measured at M = 64; with the two that
 # more rows and groups need, within 7% of the fastest where M = 128 was measured.
 _FEW_ROWS = {
@@ -70,7 +71,7 @@ class Cut:
   def time(self, columns: int, sms: int) -> float:
     """Of the multiprocessor with most work, in whole tiles, `columns` tiles across.
 
-    Tile i is the multiprocessor's of number i % sms.
+    Tile i is the multiprocessor's of number i % sms. In clusters both are theirs.
     """
     whole, lower = self.whole * columns, self.lower * columns
     last = _TIME_OF_BUSY.get(self.busy, 0)
@@ -87,12 +88,18 @@ def cut(rows: int, columns: int, t: Tiling, sms: int | None = None) -> Cut:
   """The rows of an output [rows, columns] in the least time."""
   if t.warpgroups < 3:
     return Cut(math.ceil(rows / t.rows))
-  units, across = math.ceil(rows / WARPGROUP_ROWS), math.ceil(columns / t.columns)
+  units, columns = math.ceil(rows / WARPGROUP_ROWS), across(columns, t)
   cuts = [remainder(rows, t)]
   most = units // t.warpgroups
   for whole in range(most, max(-1, most - 4), -1):
     cuts.append(Cut(whole, units - t.warpgroups * whole, 1))
-  return min(cuts, key=lambda c: (c.time(across, sms or _SMS), c.lower))
+  sms = (sms or _SMS) // t.cluster
+  return min(cuts, key=lambda c: (c.time(columns, sms), c.lower))
+
+
+def across(columns: int, t: Tiling) -> int:
+  """Tiles of a row of tiles; those of a cluster count as one."""
+  return math.ceil(columns / (t.columns * t.cluster))
 
 
 def remainder(rows: int, t: Tiling) -> Cut:
@@ -115,15 +122,16 @@ def grouped(rows: int, columns: int, groups: int) -> Tiling:
   """For groups of rows, each a multiple of 128, with a matrix each."""
   if rows <= _SMALL_ROWS or columns == _NARROW.columns:
     return _narrow(rows, columns, in_groups=True)
-  # A tall tile holds rows of one group: on average 64 of the last are missing.
-  return _fastest(rows, columns, _FORWARD_COST, {_TALL: 64 * groups})
+  # A tall tile holds rows of one group. The last of a group is lower, and takes on
+  # average the time of 18 rows more than it has.
+  return _fastest(rows, columns, _GROUPED_COST, {_TALL: 18 * groups})
 
 
 def masked(rows: int, columns: int) -> Tiling:
   """For groups of a fixed capacity, in all so many rows."""
   if rows <= _SMALL_ROWS or columns == _NARROW.columns:
     return _narrow(rows, columns, in_groups=True)
-  return _fastest(rows, columns, {t: c for t, c in _FORWARD_COST.items() if t != _TALL})
+  return _fastest(rows, columns, {t: c for t, c in _GROUPED_COST.items() if t != _TALL})
 
 
 def weight_gradient(i: int, j: int, tokens: int) -> Tiling:
@@ -141,12 +149,11 @@ def _fastest(
   """The tiling with the least time."""
 
   def cost(t: Tiling) -> float:
-    across = math.ceil(columns / t.columns)
     if missing_rows is None:
-      tiles = cut(rows, columns, t).time(across, _SMS)
+      tiles = cut(rows, columns, t).time(across(columns, t), _SMS // t.cluster)
     else:  # groups have no lower tiles for the last wave
       high = math.ceil((rows + missing_rows.get(t, 0)) / t.rows)
-      tiles = math.ceil(high * across / _SMS)
+      tiles = math.ceil(high * across(columns, t) / _SMS)
     return tiles * t.rows * t.columns * cost_of[t]
 
   return min(cost_of, key=cost)

@@ -29,7 +29,8 @@ def tall(sizes_E: jax.Array, rows: int, warpgroups: int) -> jax.Array:
   """[3, m]: of blocks of `warpgroups` x 64 rows, cut anew in each group.
 
   Group, first row / 64, and how many warpgroups have rows of that group, 0 in blocks
-  that are not needed. What follows the last group is a group E.
+  that are not needed. What follows the last group is a group E. Full blocks come first:
+  lower ones, which take less time, even out the load at the end.
   """
   units_E1 = jnp.append(sizes_E, rows - sizes_E.sum()) // WARPGROUP_ROWS
   blocks_E1 = -(-units_E1 // warpgroups)
@@ -42,7 +43,8 @@ def tall(sizes_E: jax.Array, rows: int, warpgroups: int) -> jax.Array:
   first_m = (jnp.cumsum(units_E1) - units_E1)[group_m] + inside_m
   filled_m = jnp.clip(units_E1[group_m] - inside_m, 0, warpgroups)
   first_m = jnp.where(filled_m > 0, first_m, 0)
-  return jnp.stack([group_m, first_m, filled_m]).astype(jnp.int32)
+  blocks_3m = jnp.stack([group_m, first_m, filled_m]).astype(jnp.int32)
+  return blocks_3m[:, jnp.argsort(-filled_m)]
 
 
 def masked(counts_G: jax.Array, capacity: int) -> jax.Array:

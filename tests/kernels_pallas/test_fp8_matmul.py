@@ -35,6 +35,7 @@ TILINGS = [
   Tiling(columns=64, stages=7),
   Tiling(columns=32, stages=8),
   Tiling(stages=4, warpgroups=3),
+  Tiling(stages=4, warpgroups=3, cluster=2),
   Tiling(64, 7, together=3),
   Tiling(64, 12, warpgroups=1, together=4),
   Tiling(16, 16, warpgroups=1, together=8),
@@ -95,14 +96,17 @@ def test_weight_gradients(impl, add, tokens):
 @on("gpu")
 @pytest.mark.parametrize("tiling", TILINGS, ids=str)
 def test_tilings(tiling):
-  for shape in [(1, 192, 320), (300, 576, 1152)]:
+  # Steps: 3, 9, and 8, which are whole rounds of 4 slots. 576 and 448 columns leave one
+  # thread block of a cluster's last pair without a tile.
+  for shape in [(1, 192, 320), (300, 576, 1152), (400, 448, 1024)]:
     _, _, a, sa, b, sb = inputs(*shape)
     got = gpu.multiply(a, sa, b[None], sb[None], out_dtype=jnp.float32, tiling=tiling)
     assert_product(got, a, sa, b, sb, "gpu")
   if tiling.columns in (128, 192) and not tiling.fresh:
-    quantized = token_inputs(320, 576, 640)
-    got = gpu.multiply_tokens(*quantized, tiling=tiling)[0]
-    assert_product(got, *quantized, "gpu", weights=False)
+    for tokens in (640, 1024):
+      quantized = token_inputs(320, 576, tokens)
+      got = gpu.multiply_tokens(*quantized, tiling=tiling)[0]
+      assert_product(got, *quantized, "gpu", weights=False)
 
 
 @pytest.mark.gpu

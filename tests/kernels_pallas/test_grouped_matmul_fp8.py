@@ -108,11 +108,20 @@ def test_256_uneven_groups(impl):
 
 @pytest.mark.gpu
 @on("gpu")
-@pytest.mark.parametrize(("columns", "warpgroups"), [(128, 2), (192, 2), (128, 3)])
-def test_tilings(columns, warpgroups):
-  tiling = Tiling(columns, 4, warpgroups=warpgroups)
-  args = inputs([0, 3, 0, 1], 1, n=320, k=640)
-  assert_grouped(gpu_fp8.multiply(*args, tiling=tiling), *args, "gpu")
+@pytest.mark.parametrize(
+  "tiling",
+  [
+    Tiling(128, 4),
+    Tiling(192, 4),
+    Tiling(128, 4, warpgroups=3),
+    Tiling(128, 4, warpgroups=3, cluster=2),
+  ],
+  ids=str,
+)
+def test_tilings(tiling):
+  for k in (640, 1024):  # the second in whole rounds of the ring
+    args = inputs([0, 3, 0, 1], 1, n=320, k=k)
+    assert_grouped(gpu_fp8.multiply(*args, tiling=tiling), *args, "gpu")
   args = token_inputs([0, 3, 2, 1], 1, i=320, j=576)
   assert_grouped_dw(gpu_fp8.multiply_rows(*args, tiling=tiling), *args, "gpu")
 
@@ -216,7 +225,7 @@ def test_gpu_kernels_interpreted(warpgroups):
 
 
 def test_tall_blocks():
-  """Every 64 rows once, those of no group too, and no block across groups."""
+  """Each 64 rows once, those of no group too; none across groups, full ones first."""
   sizes = np.array([0, 128, 640, 0, 384])
   table = np.asarray(schedule.tall(jnp.asarray(sizes), 1408, 3))
   owner = np.repeat([*range(5), 5], [*sizes // 64, (1408 - sizes.sum()) // 64])
@@ -224,7 +233,8 @@ def test_tall_blocks():
   for group, first, busy in table.T:
     seen += range(first, first + busy)
     assert (owner[first : first + busy] == group).all()
-  assert seen == list(range(1408 // 64))
+  assert sorted(seen) == list(range(1408 // 64))
+  assert (np.diff(table[2]) <= 0).all()
 
 
 @on("cpu")
