@@ -141,13 +141,19 @@ def run(
     barriers = functools.partial(PerThread, t.stages)
     words = PerThread.scratch(t.stages, t.warpgroups, 4 if scale_each_column else 3)
 
+  # Where each column has a scale, or sums are cut, that takes more registers than there
+  # are. Of a single round the compiler makes no loop, and then waits for each product.
+  in_rounds = per_warp and not scale_each_column and sum_bits is None and t.stages <= 4
+  if in_rounds:
+    in_rounds = steps is not None and steps > t.stages and steps % t.stages == 0
+
   def body(*refs, out_smem, words, **slots):
     *refs, out_ref = refs
     ring = Ring(
       t=t,
       sum_bits=sum_bits,
       barriers=barriers(**words),
-      whole_rounds=per_warp and _in_rounds(t, steps, scale_each_column),
+      whole_rounds=in_rounds,
       **slots,
     )
     ring.barriers.start()
@@ -221,16 +227,6 @@ def _scratch(
   if scale_each_column:
     scratch["sb"] = plgpu.SMEM((t.stages, t.columns), jnp.float32)
   return scratch
-
-
-def _in_rounds(t: Tiling, steps: int | None, scale_each_column: bool) -> bool:
-  """Whether a turn of the loop over a tile's steps is a round through all slots.
-
-  Where each column has a scale that takes more registers than there are.
-  """
-  if scale_each_column or t.stages > 4:
-    return False
-  return steps is not None and steps % t.stages == 0
 
 
 def _multiply_tiles(describe, tiles, ring, store, warpgroup):

@@ -22,8 +22,8 @@ _TALL = Tiling(columns=128, stages=4, snake=4, warpgroups=3)
 _TALL_16 = dataclasses.replace(_TALL, snake=16)
 _TALL_PAIR = dataclasses.replace(_TALL, cluster=2)
 
-# (M, N, K) -> tiling. Where the default, most often _TALL_PAIR, is not the fastest.
-FORWARD: dict[tuple[int, int, int], Tiling] = {}
+# (M, N, K) -> tiling, where the default, most often _TALL_PAIR, is not the fastest.
+FORWARD = {(4096, 32768, 512): _TALL, (8192, 32768, 512): _TALL}
 # (I, J, tokens) -> tiling.
 WEIGHT_GRADIENT: dict[tuple[int, int, int], Tiling] = {}
 # Time of a value of the output beside that of _TALL. Measured, but for _UNEVEN and
