@@ -20,14 +20,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith
 
 from kernels_pallas.hopper import transforms
 
 _WARPS = 4  # of a warpgroup
 _WORDS = 2  # of 32 bits, of a barrier
-_PAIR = gpu.Dimension.x  # the cluster's axis
+_PAIR = mgpu_utils.gpu.Dimension.x  # pyright: ignore[reportPrivateImportUsage]
 _SCALAR = plgpu.Layout.WG_SPLAT
 
 

@@ -44,7 +44,7 @@ class Ring:
     """`body(steps, carry)` for a tile's steps from `start` to `stop`.
 
     One step at a time, or in whole rounds all slots of the ring: then addresses are
-    known up to a constant, and a warp issues a third less instructions.
+    known up to a constant, and a warp has a quarter fewer instructions.
     """
     stages = self.t.stages
     if not (self.whole_rounds and unroll):

@@ -1,10 +1,10 @@
 """Tilings of the Hopper kernel by shape.
 
-Measured on NVIDIA H200s, 2026-11-22, at M = 4096 where the table has a shape. Retune
-with `python -m experiments.benchmarks.fp8_matmul --retune` and write what it prints
-first for a shape here, if it is clearly first. Shapes that are not in the table get the
-tiling that is expected to be fastest: tiles of the busiest multiprocessor, times the
-time of a tile.
+Measured on NVIDIA H200s, 2026-11-22 and 23. Retune with `python -m
+experiments.benchmarks.fp8_matmul --retune` and write what it prints first for a shape
+here, if it is clearly first and `python -m experiments.benchmarks.listing` finds that
+nothing is spilled. Shapes that are not in the tables get the tiling that is expected to
+be fastest: tiles of the busiest multiprocessor, times the time of a tile.
 """
 
 import dataclasses

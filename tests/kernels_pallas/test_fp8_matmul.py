@@ -250,9 +250,11 @@ def test_tilings_of_few_rows():
 @pytest.mark.parametrize(
   ("rows", "columns"), [(8, 2112), (64, 7168), (200, 2112), (4096, 7168), (8200, 640)]
 )
-def test_tiles_cover_the_output_once(rows, columns):
-  tall, units = Tiling(stages=4, warpgroups=3), -(-rows // 64)
-  across = -(-columns // tall.columns)
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_tiles_cover_the_output_once(rows, columns, cluster):
+  tall = Tiling(stages=4, warpgroups=3, cluster=cluster)
+  units, across = -(-rows // 64), tilings.across(columns, tall)
+  assert 0 <= across * cluster * tall.columns - columns < cluster * tall.columns
   for cut in (tilings.cut(rows, columns, tall), tilings.remainder(rows, tall)):
     tiles = jnp.arange((cut.whole + cut.lower) * across)
     places = jax.vmap(lambda i, c=cut: gpu._place(i, c, across, tall))(tiles)
@@ -265,6 +267,19 @@ def test_tiles_cover_the_output_once(rows, columns):
       covered[first : first + height, at] += 1
     assert (covered[:units] == 1).all()
     assert not covered[units:].any()
+
+
+def test_clusters_are_for_the_whole_gpu_and_whole_sums():
+  """Beside another kernel two free multiprocessors may not be neighbours."""
+  pair = tilings.forward(4096, 4096, 7168)
+  assert pair.cluster == 2 == gpu._alone(pair, None, None).cluster
+  assert gpu._alone(pair, 120, None).cluster == 1
+  assert gpu._alone(pair, None, plgpu.InterpretGPUParams()).cluster == 1
+  for bad in (Tiling(64, 7, together=3, cluster=2), Tiling(256, 4, 4, 128, cluster=2)):
+    with pytest.raises(ValueError, match="clusters need steps one by one and whole"):
+      jax.eval_shape(
+        lambda *a, t=bad: gpu.multiply(*a, tiling=t), *forward_specs(512, 512, 512)
+      )
 
 
 def test_lower_tiles_fill_the_last_wave():
