@@ -15,6 +15,7 @@ their number. Values are checked by tests/kernels_pallas/test_grouped_matmul_fp8
 """
 
 import argparse
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -45,11 +46,11 @@ def equal(rows, groups):
   return jnp.full((groups,), rows // groups, jnp.int32)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def matrices(key, groups, n, k):
-  """Codes and scales of one matrix a group."""
-  b, _ = codes(key, groups * n, k)
-  scales = jax.random.uniform(key, (groups, -(-n // 128), k // 128), minval=0.5)
-  return b.reshape(groups, n, k), scales
+  """Codes and scales of one matrix a group; drawn one by one, 256 in FP32 are 30 GB."""
+  b = jax.lax.map(lambda key: codes(key, n, k)[0], jax.random.split(key, groups))
+  return b, jax.random.uniform(key, (groups, -(-n // 128), k // 128), minval=0.5)
 
 
 def forward(groups, rows, n, k):
