@@ -163,12 +163,11 @@ class Part:
     for at in range(0, columns, fresh):
 
       def multiply(acc, at=at, sa=sa):
-        def scales():  # read once, before or beside the first product
-          return self.row_scales(step) if sa is None else sa
-
-        early = scales() if ring.whole_rounds else None
+        if sa is None and ring.whole_rounds:
+          sa = self.row_scales(step)
         self.start(acc, step, pl.ds(at, fresh))
-        return scales() if early is None else early, acc[...]
+        sa = self.row_scales(step) if sa is None else sa  # beside the product
+        return sa, acc[...]
 
       sa, product = pl.run_scoped(multiply, _accumulator(fresh))
       last = at + fresh == columns
