@@ -212,9 +212,8 @@ def multiply_tokens(
 
     def operands(k):
       at_tokens = pl.ds((start + k) * BLOCK, BLOCK)
-      return View(a_ref, (at_rows, at_tokens), shared=True), View(
-        b_ref, (at_columns, at_tokens)
-      )
+      a = View(a_ref, (at_rows, at_tokens), shared=True)
+      return a, View(b_ref, (at_columns, at_tokens))
 
     return Tile(
       steps=jnp.int32(steps),
