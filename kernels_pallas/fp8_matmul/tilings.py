@@ -22,9 +22,9 @@ _TALL = Tiling(columns=128, stages=4, snake=4, warpgroups=3)
 _TALL_16 = dataclasses.replace(_TALL, snake=16)
 _TALL_PAIR = dataclasses.replace(_TALL, cluster=2)
 
-# (M, N, K) -> tiling, where the default, most often _TALL_PAIR, is not the fastest. Where
-# a turn of the loop is one step, as for K = 512, pairs took 1 to 3% longer at three other
-# shapes; these two are not timed.
+# (M, N, K) -> tiling, where the default, most often _TALL_PAIR, is not the fastest.
+# With one step a turn of the loop, as for K = 512, pairs took 1 to 3% longer at three
+# other shapes; these two are not timed.
 FORWARD = {(4096, 32768, 512): _TALL, (8192, 32768, 512): _TALL}
 # (I, J, tokens) -> tiling.
 WEIGHT_GRADIENT: dict[tuple[int, int, int], Tiling] = {}
