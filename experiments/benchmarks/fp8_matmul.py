@@ -10,13 +10,14 @@ FP32 reference, then prints medians of rounds in which the contenders take turns
               weight gradient 1x128 by 1x128), where torch is there
   DeepGEMM    DeepSeek's own kernels, forward, where `deep_gemm` is installed; beside
               JAX it may need LD_PRELOAD=libstdc++.so.6
-  one scale   XLA's FP8 dot with one scale a tensor: the ceiling
+  one scale   XLA's FP8 dot with one scale a tensor, for many rows: the ceiling
   copy        for few rows, where moving the weights is what counts: half the bytes read
               and half written by XLA
 
 `--retune` times tilings instead and prints the rows of kernels_pallas/fp8_matmul/
 tilings.py. Inputs are random normal, several sets in turn, so that weights do not stay
-in L2. A time is that of a queue of calls, divided by their number.
+in L2. A time is that of a queue of calls, divided by their number; for few rows it is
+launched while the device is busy (ahead.py), because the host takes as long as it does.
 """
 
 import argparse
@@ -27,11 +28,17 @@ import statistics
 import time
 from concurrent import futures
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# PyTorch gets the rest. Memory asked for later would wait for the device.
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
 
 import jax
 import jax.numpy as jnp
 
+from experiments.benchmarks.ahead import (
+  MOST,
+  seconds_behind_work,
+  torch_seconds_behind_work,
+)
 from kernels_pallas import fp8_matmul as op
 from kernels_pallas.fp8_matmul import gpu, reference
 from kernels_pallas.fp8_matmul.persistent import Tiling
@@ -114,10 +121,17 @@ def jax_queues(functions, sets, want=None) -> dict:
     if want is not None and not (error := float(worst_error(result[0], want))) < 5e-3:
       raise ValueError(f"WRONG: error {error}")
 
-    def queue(times):
-      for _ in range(times):
-        result = run(sets)
-      jax.block_until_ready(result)
+    def queue(times, behind_work):
+      def launch():
+        for _ in range(times):  # what an earlier run made is freed
+          result = run(sets)
+        return result
+
+      if behind_work:
+        return seconds_behind_work(launch)
+      start = time.perf_counter()
+      jax.block_until_ready(launch())
+      return time.perf_counter() - start
 
     return queue
 
@@ -202,34 +216,38 @@ def torch_queue(make_call, number):
   with torch.cuda.graph(graph):
     once()
 
-  def queue(times, _inputs_of=calls):  # which the graph reads
-    for _ in range(times):
-      graph.replay()
+  def queue(times, behind_work, _inputs_of=calls):  # which the graph reads
+    def launch():
+      for _ in range(times):
+        graph.replay()
+
+    if behind_work:
+      return torch_seconds_behind_work(launch)
+    start = time.perf_counter()
+    launch()
     torch.cuda.synchronize()
+    return time.perf_counter() - start
 
   return queue
 
 
-def medians(queues, calls, seconds, rounds) -> dict[str, float]:
+def medians(queues, calls, seconds, rounds, behind_work=False) -> dict[str, float]:
   """Median seconds of one call; contenders take turns of about `seconds`.
 
-  Each round begins with another one, so that none always follows the same.
+  Each round begins with another one, so that none always follows the same. With
+  `behind_work` the host's launches do not count.
   """
   times = {}
   for name, queue in queues.items():
-    queue(3)
-    start = time.perf_counter()
-    queue(2)
-    once = (time.perf_counter() - start) / 2
-    times[name] = (max(2, round(seconds / once)), [])
+    queue(3, False)  # the first takes longer to launch
+    number = max(2, round(seconds / (queue(2, behind_work) / 2)))
+    times[name] = (min(number, MOST) if behind_work else number, [])
   names = list(queues)
   for turn in range(rounds):
     first = turn % len(names)
     for name in names[first:] + names[:first]:
       number, results = times[name]
-      start = time.perf_counter()
-      queues[name](number)
-      results.append((time.perf_counter() - start) / number / calls)
+      results.append(queues[name](number, behind_work) / number / calls)
   return {name: statistics.median(results) for name, (_, results) in times.items()}
 
 
@@ -268,15 +286,17 @@ def report(product, m, n, k, flags) -> float | None:
   sets = sets_of(product, m, n, k)
   want = exact(product, sets[0]) if flags.check else None
   queues = jax_queues({"ours": ours(product)}, sets, want)
-  queues |= jax_queues({"one scale": one_scale(product)}, sets)
+  few = m <= SMALL_ROWS
+  if not few:
+    queues |= jax_queues({"one scale": one_scale(product)}, sets)
   for name, make_call in peers(product, m, n, k).items():
     try:
       queues[name] = torch_queue(make_call, len(sets))
     except Exception as problem:
       print(f"  {name}: {type(problem).__name__}: {str(problem)[:300]}", flush=True)
-  if m <= SMALL_ROWS:
+  if few:
     queues |= copies(bytes_moved(product, m, n, k), len(sets))
-  times = medians(queues, len(sets), flags.seconds, flags.rounds)
+  times = medians(queues, len(sets), flags.seconds, flags.rounds, behind_work=few)
   print(f"{product} M={m} N={n} K={k}")
   for name, seconds in times.items():
     text = line(name, seconds, product, m, n, k, times.get("cuBLASLt"))
@@ -290,11 +310,14 @@ def report(product, m, n, k, flags) -> float | None:
 def candidates(product, m, snakes):
   """Tilings that fit in shared memory and are worth a try."""
   if m <= 64:
-    few = [(64, 12, 4), (64, 10, 1), (32, 16, 4), (32, 12, 4), (16, 16, 8)]
-    return [Tiling(c, s, 1, warpgroups=1, together=n) for c, s, n in few]
+    few = [(64, 12, 4, 1), (32, 16, 4, 1), (16, 16, 8, 1), (128, 7, 2, 2)]
+    few += [(64, 12, 4, 2), (32, 12, 4, 2)]
+    return [Tiling(c, s, 1, warpgroups=1, together=n, split=p) for c, s, n, p in few]
   if m <= SMALL_ROWS:
-    few = [(128, 5, 2), (128, 5, 1), (64, 7, 3), (64, 7, 1), (32, 9, 4), (16, 10, 5)]
-    return [Tiling(c, s, 1, together=n) for c, s, n in few]
+    few = [(64, 7, 3, 1), (64, 7, 2, 1), (32, 9, 4, 1), (16, 10, 5, 1)]
+    few += [(128, 4, 1, 2), (64, 7, 2, 2), (32, 9, 2, 2)]
+    one = Tiling(64, 12, 1, warpgroups=1, together=4, split=2)
+    return [one, *(Tiling(c, s, 1, together=n, split=p) for c, s, n, p in few)]
   sizes = [(128, 5, 0, 2), (192, 4, 0, 2), (128, 4, 0, 3)]
   sizes += [(192, 4, 64, 2)] if product == "dw" else [(256, 4, 128, 2)]
   return [
@@ -312,7 +335,8 @@ def retune(product, m, n, k, flags):
     for t in candidates(product, m, flags.snakes)
   }
   queues = jax_queues(functions, sets, want)
-  times = medians(queues, len(sets), flags.seconds, flags.rounds)
+  few = m <= SMALL_ROWS
+  times = medians(queues, len(sets), flags.seconds, flags.rounds, behind_work=few)
   print(f"retune {product} M={m} N={n} K={k}")
   for name, seconds in sorted(times.items(), key=lambda item: item[1])[: flags.show]:
     print(line(name, seconds, product, m, n, k), flush=True)

@@ -12,21 +12,21 @@ For each operation and shape:
          whichever is faster
 
 A time is the median over runs; a run queues `--calls` programs, each of which takes
-four different inputs one after the other, so that caches hold nothing of use and the
-launch of one hides behind the work of another. `--check` compares codes, scales and
-sums with the reference's first.
+four different inputs one after the other, so that caches hold nothing of use, while the
+device is busy with something else (ahead.py): the host's launches do not count.
+`--check` compares codes, scales and sums with the reference's first.
 """
 
 import argparse
 import functools
 import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from experiments.benchmarks.ahead import MOST, seconds_behind_work
 from kernels_pallas import quantize as qz
 
 INPUTS = 4  # different inputs in one program
@@ -125,14 +125,14 @@ def seconds(function, inputs, flags) -> float:
   """Median seconds of one call."""
   program = one_after_another(function)
   jax.block_until_ready(program(inputs))
-  times = []
-  for _ in range(flags.runs):
-    start = time.perf_counter()
-    for _ in range(flags.calls):
+
+  def queue():
+    for _ in range(flags.calls):  # what an earlier program made is freed
       result = program(inputs)
-    jax.block_until_ready(result)
-    times.append((time.perf_counter() - start) / flags.calls / len(inputs))
-  return statistics.median(times)
+    return result
+
+  times = [seconds_behind_work(queue) for _ in range(flags.runs)]
+  return statistics.median(times) / flags.calls / len(inputs)
 
 
 @functools.cache
@@ -185,8 +185,10 @@ def main():
   parser.add_argument("--no-xla", dest="xla", action="store_false", help="faster")
   parser.add_argument("--first", action="store_true", help="only each first shape")
   parser.add_argument("--runs", type=int, default=15, help="runs behind a median")
-  parser.add_argument("--calls", type=int, default=10, help="programs queued in a run")
+  parser.add_argument("--calls", type=int, default=8, help="programs queued in a run")
   flags = parser.parse_args()
+  if not 0 < flags.calls <= MOST:
+    parser.error(f"--calls={flags.calls}: give 1 to {MOST}, more would wait")
   device = jax.devices()[0]
   print(f"jax {jax.__version__}, {device.device_kind}, {flags.runs} runs", flush=True)
   for name, (function, make, shapes) in CASES.items():
