@@ -33,6 +33,7 @@ from kernels_pallas.fp8_matmul import gpu
 from kernels_pallas.grouped_matmul import gpu_fp8
 
 TOKENS = 4096
+FEW = (64, 128)
 GROUPS = (8, 32)
 EXPERT_SHAPES = [(4096, 7168), (7168, 2048), (7168, 4096), (2048, 7168)]
 
@@ -63,6 +64,8 @@ def kernels() -> dict:
     found[f"rows {n},{k}"] = gpu.multiply, rows_specs(TOKENS, n, k)
     found[f"dgrad {k},{n}"] = gpu.multiply, rows_specs(TOKENS, k, n)
     found[f"dw {n},{k}"] = gpu.multiply_tokens, token_specs(TOKENS, n, k)
+    for few in FEW:
+      found[f"{few} rows {n},{k}"] = gpu.multiply, rows_specs(few, n, k)
   for e in GROUPS:
     sizes, rows = spec(e, dtype=jnp.int32), 8 * TOKENS
     for n, k in EXPERT_SHAPES:

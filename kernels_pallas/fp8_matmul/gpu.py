@@ -57,6 +57,7 @@ def multiply(
   rows = a_MK.shape[0]
   pad = -rows % _TMA_ROWS
   columns, depth = b_ENK.shape[1:]
+  clusters = num_sms is None and interpret is None and sum_bits is None
   c_1MN = multiply_groups(
     jnp.pad(a_MK, ((0, pad), (0, 0)))[None] if pad else a_MK[None],
     (jnp.pad(sa_kM, ((0, 0), (0, pad))) if pad else sa_kM)[:, None],
@@ -65,7 +66,7 @@ def multiply(
     blocks,
     out_dtype=out_dtype,
     num_sms=num_sms,
-    tiling=tiling or tilings.forward(rows, columns, depth),
+    tiling=tiling or tilings.forward(rows, columns, depth, clusters),
     sum_bits=sum_bits,
     interpret=interpret,
   )
@@ -103,6 +104,8 @@ def multiply_groups(
     raise ValueError(f"a table of {form} rows has no tiles of {t}")
   if blocks is None and pieces > 1:
     raise ValueError(f"{pieces} pieces of rows need a table of blocks")
+  if form and t.split > 1:
+    raise ValueError(f"tiles of a table of blocks are not split: {t}")
   per_piece, across = pl.cdiv(rows, t.rows), tilings.across(columns, t)
   if blocks is None:
     cut = tilings.cut(rows, columns, t, num_sms)
@@ -139,7 +142,8 @@ def multiply_groups(
     def column_scales(k):
       starts = range(0, t.columns, width)
       blocks = [lax.div(column * t.columns + s, BLOCK) for s in starts]
-      return [sb_ref[group, jnp.minimum(n, last_scale), k] for n in blocks]
+      known = jnp.minimum(group, experts - 1)  # they are read ahead
+      return [sb_ref[known, jnp.minimum(n, last_scale), k] for n in blocks]
 
     return Tile(
       steps=jnp.int32(steps),
@@ -249,7 +253,7 @@ def _alone(t: Tiling, num_sms: int | None, interpret) -> Tiling:
   """
   if num_sms is None and interpret is None:
     return t
-  return dataclasses.replace(t, cluster=1)
+  return dataclasses.replace(t, cluster=1, split=1)
 
 
 def _place(i, cut: tilings.Cut, across: int, t: Tiling):

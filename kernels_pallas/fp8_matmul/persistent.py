@@ -31,6 +31,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.fp8_matmul.barriers import PerThread, PerWarp, View
 from kernels_pallas.fp8_matmul.promotion import WARPGROUP_ROWS, Part, Ring
+from kernels_pallas.fp8_matmul.split import Split
 from kernels_pallas.hopper import streaming_multiprocessors, swizzled
 
 BLOCK = 128  # of the contraction: one scale, one promotion
@@ -52,6 +53,8 @@ class Tiling:
       so small that a step is mostly latency.
     cluster: thread blocks, 1 or 2, that fetch the rows of a once for all of them; their
       tiles lie side by side.
+    split: thread blocks, 1 to 8, that take a part of a tile's contraction each, with
+      one or two warpgroups.
   """
 
   columns: int = 128
@@ -61,6 +64,7 @@ class Tiling:
   warpgroups: int = 2
   together: int = 1
   cluster: int = 1
+  split: int = 1
 
   @property
   def rows(self) -> int:
@@ -125,14 +129,19 @@ def run(
     raise ValueError(f"{t.together} steps at once do not fit in {t.stages} stages: {t}")
   if t.cluster > 1 and (t.together > 1 or t.fresh):
     raise ValueError(f"clusters need steps one by one and whole sums: {t}")
+  whole = t.cluster > 1 or t.warpgroups > 2 or scale_each_column or sum_bits is not None
+  if t.split > 1 and whole:
+    raise ValueError(f"only plain products of few rows are split: {t}")
+  if t.split > 1 and t.columns % (16 * t.split):
+    raise ValueError(f"a block's part of the columns must be a multiple of 16: {t}")
   piece = _store_columns(t, out.dtype)
   if out.shape[-1] <= piece < t.columns:  # one piece's view has no coordinate for more
     raise ValueError(
       f"an output of {out.shape[-1]} columns needs tiles of {piece}: {t}"
     )
 
-  # Inline instructions are not interpreted; for few rows both take as long; sums in
-  # parts have tiles so large that no shared memory is left.
+  # Inline instructions are not interpreted; several steps at once take 2 to 4% longer
+  # with them; sums in parts have tiles so large that no shared memory is left.
   per_warp = interpret is None and t.together == 1 and not t.fresh
   if per_warp:
     barriers = functools.partial(PerWarp, t.stages, t.warpgroups, t.cluster, swizzle)
@@ -144,11 +153,16 @@ def run(
   # Where each column has a scale, or sums are cut, that takes more registers than there
   # are. Of a single round the compiler makes no loop, and then waits for each product.
   in_rounds = per_warp and not scale_each_column and sum_bits is None and t.stages <= 4
+  in_rounds = in_rounds and t.split == 1
   if in_rounds:
     in_rounds = steps is not None and steps > t.stages and steps % t.stages == 0
 
-  def body(*refs, out_smem, words, **slots):
+  def body(*refs, out_smem, words, received=None, arrived=None, **slots):
     *refs, out_ref = refs
+    split = None
+    if t.split > 1:
+      split = Split(t.split, t.columns, t.warpgroups, received, arrived)
+      split.start()
     ring = Ring(
       t=t,
       sum_bits=sum_bits,
@@ -160,13 +174,16 @@ def run(
     warpgroup = lax.axis_index("warpgroup")
 
     def describe(i):
-      return tile(i, *refs, out_ref)
+      work = tile(i, *refs, out_ref)
+      return split.share(work) if split else work
 
     @pl.when(warpgroup == t.warpgroups)
     def copy():
       plgpu.set_max_registers(t.registers[0], action="decrease")
       when = pl.when(ring.barriers.copies_here())
       when(lambda: _copy_operands(describe, tiles, ring, scale_each_column))
+      if split:
+        split.meet()
 
     @pl.when(warpgroup < t.warpgroups)
     def multiply():
@@ -174,16 +191,17 @@ def run(
       store = functools.partial(
         _store, smem=out_smem.at[warpgroup], add=add_to is not None
       )
-      _multiply_tiles(describe, tiles, ring, store, warpgroup)
+      _multiply_tiles(describe, tiles, ring, store, warpgroup, split)
 
     ring.barriers.stop()
 
   sms = num_sms or (streaming_multiprocessors() if interpret is None else 2)
+  blocks = t.cluster * t.split
   mesh = plgpu.Mesh(
-    grid=(sms // t.cluster,),
+    grid=(tiles if t.split > 1 else sms // t.cluster,),
     grid_names=("sm",),
-    cluster=(t.cluster,) if t.cluster > 1 else (),
-    cluster_names=("block",) if t.cluster > 1 else (),
+    cluster=(blocks,) if blocks > 1 else (),
+    cluster_names=("block",) if blocks > 1 else (),
     num_threads=t.warpgroups + 1,
     thread_name="warpgroup",
   )
@@ -226,10 +244,12 @@ def _scratch(
   }
   if scale_each_column:
     scratch["sb"] = plgpu.SMEM((t.stages, t.columns), jnp.float32)
+  if t.split > 1:
+    scratch |= Split.scratch(t.split, t.columns, t.warpgroups)
   return scratch
 
 
-def _multiply_tiles(describe, tiles, ring, store, warpgroup):
+def _multiply_tiles(describe, tiles, ring, store, warpgroup, split):
   """One warpgroup's part: 64 rows of every tile of this thread block."""
   width = granule(ring.t.columns)
   if ring.sb is not None:
@@ -251,7 +271,10 @@ def _multiply_tiles(describe, tiles, ring, store, warpgroup):
       part.skip_all(steps, work.steps)
     if work.rows is not None:
       sums = _mask(sums, work.rows - warpgroup * WARPGROUP_ROWS)
-    if work.busy is None:
+    if split:
+      split.meet()
+      store((split.add(sums, warpgroup),), out_tile=split.own(work.out.at[mine]))
+    elif work.busy is None:
       store(sums, out_tile=work.out.at[mine])
     else:
       when = pl.when(warpgroup < work.busy)
@@ -322,4 +345,4 @@ def _store(sums, smem, out_tile, add):
 
 
 def _store_columns(t: Tiling, dtype) -> int:
-  return min(128 // jnp.dtype(dtype).itemsize, granule(t.columns))
+  return min(128 // jnp.dtype(dtype).itemsize, granule(t.columns // t.split))

@@ -124,7 +124,18 @@ class Part:
     count, done = self.ring.t.together, 0
     if count > 1:
       rounds = lax.div(steps, count)
-      sums = lax.fori_loop(0, rounds, self._add_together, sums)
+
+      def ask(i):  # of the last step again after it
+        ks = [
+          jnp.clip(i * count + j, 0, jnp.maximum(steps - 1, 0)) for j in range(count)
+        ]
+        return [self.scalars(self.ring.step(self.first, k)) for k in ks]
+
+      def add(i, carry):
+        sums, scalars = carry
+        return self._add_together(i, sums, scalars), ask(i + 1)
+
+      sums, _ = lax.fori_loop(0, rounds, add, (sums, ask(0)))
       done = rounds * count
     return self.ring.each_round(self.first, done, steps, self._add_round, sums)
 
@@ -136,11 +147,10 @@ class Part:
       sums = self._add_step(step, scale, sums)
     return sums
 
-  def _add_together(self, i, sums):
+  def _add_together(self, i, sums, scalars):
     """`together` steps, each into an accumulator of its own, promoted in order."""
     columns, count = self.ring.t.columns, self.ring.t.together
     steps = [self.ring.step(self.first, i * count + j) for j in range(count)]
-    scalars = [self.scalars(step) for step in steps]
     for step in steps:
       self.ring.barriers.wait(step)
 

@@ -34,19 +34,28 @@ WEIGHT_GRADIENT: dict[tuple[int, int, int], Tiling] = {}
 _FORWARD_COST = {_TALL_PAIR: 1.0, _UNEVEN: 1.05, _WIDE: 1.15}
 _GROUPED_COST = {_TALL: 1.0, _UNEVEN: 1.1, _WIDE: 1.15}
 _WEIGHT_GRADIENT_COST = {_TALL_16: 1.0, _UNEVEN: 1.1, _SMALL: 1.15}
-# For few rows, by columns: with one warpgroup, measured at M = 64; with the two that
-# more rows and groups need, within 7% of the fastest where M = 128 was measured.
-_FEW_ROWS = {
-  64: Tiling(64, 12, 1, warpgroups=1, together=4),
-  32: Tiling(32, 16, 1, warpgroups=1, together=4),
-  16: Tiling(16, 16, 1, warpgroups=1, together=8),
-}
-_FEW_ROWS_PAIR = {
-  64: Tiling(64, 7, 1, together=3),
-  32: Tiling(32, 9, 1, together=4),
-  16: Tiling(16, 10, 1, together=5),
-}
-_ENOUGH_TILES = 100  # 112 tiles of 64 columns were faster than 224 of 32
+# For few rows, the widest first: with one warpgroup, and with the two that more rows
+# and groups need. Measured at M = 64 and 128 on an H100, 2026-11-23.
+_FEW_ROWS = [
+  Tiling(64, 12, 1, warpgroups=1, together=4),
+  Tiling(32, 16, 1, warpgroups=1, together=4),
+  Tiling(16, 16, 1, warpgroups=1, together=8),
+]
+_FEW_ROWS_PAIR = [
+  Tiling(64, 7, 1, together=2),
+  Tiling(32, 9, 1, together=4),
+  Tiling(16, 10, 1, together=5),
+]
+# The same of a long contraction, which thread blocks may split.
+_LONG = 4096
+_FEW_ROWS_LONG = [*_FEW_ROWS[:2], Tiling(32, 12, 1, warpgroups=1, together=4, split=2)]
+_FEW_ROWS_PAIR_LONG = [
+  Tiling(128, 4, 1, split=2),
+  Tiling(64, 7, 1, together=2, split=2),
+  Tiling(64, 12, 1, warpgroups=1, together=4, split=2),
+  Tiling(32, 12, 1, warpgroups=1, together=4, split=2),
+]
+_ENOUGH_BLOCKS = 100  # 112 tiles of 64 columns were faster than 224 of 32
 
 
 # Time of a tile of which so many of three warpgroups have work: one alone waits for its
@@ -113,10 +122,10 @@ def remainder(rows: int, t: Tiling) -> Cut:
   return Cut(whole, 1, left) if left else Cut(whole)
 
 
-def forward(rows: int, columns: int, depth: int) -> Tiling:
-  """For activations times weights."""
+def forward(rows: int, columns: int, depth: int, clusters: bool = True) -> Tiling:
+  """For activations times weights; `clusters`: of thread blocks, where they serve."""
   if rows <= _SMALL_ROWS or columns == _NARROW.columns:
-    return _narrow(rows, columns)
+    return _narrow(rows, columns, splits=clusters and depth >= _LONG)
   found = FORWARD.get((rows, columns, depth))
   return found or _fastest(rows, columns, _FORWARD_COST)
 
@@ -162,7 +171,9 @@ def _fastest(
   return min(cost_of, key=cost)
 
 
-def _narrow(rows: int, columns: int, in_groups: bool = False) -> Tiling:
+def _narrow(
+  rows: int, columns: int, in_groups: bool = False, splits: bool = False
+) -> Tiling:
   """Few rows or columns: narrow tiles, so that most multiprocessors fetch weights.
 
   An output of 64 columns wants them too: of a wider tile, what lies beyond the output
@@ -172,7 +183,11 @@ def _narrow(rows: int, columns: int, in_groups: bool = False) -> Tiling:
     return _NARROW
   one = rows <= WARPGROUP_ROWS and not in_groups
   by_width = _FEW_ROWS if one else _FEW_ROWS_PAIR
-  for width, t in by_width.items():
-    if math.ceil(rows / t.rows) * math.ceil(columns / width) >= _ENOUGH_TILES:
-      return t
-  return by_width[min(by_width)]
+  if splits:
+    by_width = _FEW_ROWS_LONG if one else _FEW_ROWS_PAIR_LONG
+
+  def blocks(t: Tiling) -> int:
+    return math.ceil(rows / t.rows) * math.ceil(columns / t.columns) * t.split
+
+  enough = (t for t in by_width if blocks(t) >= _ENOUGH_BLOCKS)
+  return next(enough, by_width[-1])

@@ -39,6 +39,10 @@ TILINGS = [
   Tiling(64, 7, together=3),
   Tiling(64, 12, warpgroups=1, together=4),
   Tiling(16, 16, warpgroups=1, together=8),
+  Tiling(32, 12, warpgroups=1, together=4, split=2),
+  Tiling(64, 12, warpgroups=1, together=4, split=4),
+  Tiling(64, 7, together=2, split=2),
+  Tiling(128, 4, split=2),
 ]
 # V3's (N, K), every one lowered.
 V3_SHAPES = [
@@ -102,7 +106,7 @@ def test_tilings(tiling):
     _, _, a, sa, b, sb = inputs(*shape)
     got = gpu.multiply(a, sa, b[None], sb[None], out_dtype=jnp.float32, tiling=tiling)
     assert_product(got, a, sa, b, sb, "gpu")
-  if tiling.columns in (128, 192) and not tiling.fresh:
+  if tiling.columns in (128, 192) and not tiling.fresh and tiling.split == 1:
     for tokens in (640, 1024):
       quantized = token_inputs(320, 576, tokens)
       got = gpu.multiply_tokens(*quantized, tiling=tiling)[0]
@@ -239,12 +243,54 @@ def test_tilings_of_few_rows():
   """As wide as leaves work for most multiprocessors; groups need 128 rows a tile."""
   for n, width in ((24576, 64), (7168, 64), (4096, 32), (2112, 16), (64, 16)):
     for rows, warpgroups in ((1, 1), (64, 1), (65, 2), (128, 2)):
-      found = tilings.forward(rows, n, 7168)
-      assert (found.columns, found.warpgroups) == (width, warpgroups)
+      for depth, clusters in ((2048, True), (7168, False)):
+        found = tilings.forward(rows, n, depth, clusters)
+        assert (found.columns, found.warpgroups) == (width, warpgroups)
+        assert found.split == 1
     assert tilings.masked(64, n).rows == tilings.grouped(64, n, 4).rows == 128
   few = Tiling(64, stages=2, together=3)
   with pytest.raises(ValueError, match="3 steps at once do not fit in 2 stages"):
     jax.eval_shape(lambda *a: gpu.multiply(*a, tiling=few), *forward_specs(8, 128, 128))
+
+
+@pytest.mark.parametrize("rows", [1, 64, 128, 256])
+@pytest.mark.parametrize("n", [64, 576, 1536, 2112, 4096, 7168, 24576])
+def test_long_contractions_of_few_rows_are_split(rows, n):
+  """Into parts that give most multiprocessors some, where N has enough columns."""
+  t = tilings.forward(rows, n, 7168)
+  blocks = -(-rows // t.rows) * -(-n // t.columns) * t.split
+  if t.split > 1:
+    assert blocks >= min(100, -(-rows // 64) * n // 32 * 2)
+    alone = gpu._alone(t, 120, None)
+    assert alone.split == 1 == gpu._alone(t, None, plgpu.InterpretGPUParams()).split
+  else:
+    assert blocks >= 100
+  assert t.split == 1 or rows > 64 or n <= 2112
+
+
+@pytest.mark.parametrize(
+  ("tiling", "problem"),
+  [
+    (Tiling(64, 4, split=2, cluster=2), "only plain products of few rows"),
+    (Tiling(64, 4, split=2, warpgroups=3), "only plain products of few rows"),
+    (Tiling(32, 8, split=4), "a block's part of the columns must be a multiple of 16"),
+  ],
+)
+def test_what_cannot_be_split(tiling, problem):
+  with pytest.raises(ValueError, match=problem):
+    jax.eval_shape(
+      lambda *a: gpu.multiply(*a, tiling=tiling), *forward_specs(64, 512, 512)
+    )
+
+
+def test_tables_of_blocks_are_not_split():
+  blocks = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+  with pytest.raises(ValueError, match="tiles of a table of blocks are not split"):
+    jax.eval_shape(
+      lambda *a: gpu.multiply(*a, tiling=Tiling(64, 4, split=2)),
+      *forward_specs(128, 512, 512),
+      blocks,
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,14 @@ def test_every_kernel_has_a_name():
 @pytest.mark.gpu
 @pytest.mark.skipif(target_platform() != "gpu", reason="not on gpu")
 @pytest.mark.parametrize(
-  "name", ["rows 7168,2048", "rows 32768,512", "dw 4096,7168", "8 groups 7168,2048"]
+  "name",
+  [
+    "rows 7168,2048",
+    "rows 32768,512",
+    "128 rows 2112,7168",
+    "dw 4096,7168",
+    "8 groups 7168,2048",
+  ],
 )
 def test_no_spills_and_no_waits(name):
   """A spill or a wait for each product costs up to two thirds of the speed."""

@@ -1,0 +1,226 @@
+"""Thread blocks that split a tile's contraction, for products of few rows.
+
+A thread block fetches all rows of its tile besides its part of the weights. Where tiles
+must be narrow to give every multiprocessor some, all of them together fetch the rows so
+often from L2 that this takes longer than the weights do from memory. So the blocks of a
+cluster take wider tiles and a part of the contraction each, and in the end a part of
+the columns: each sends the others its sums of their columns, in FP32, from registers
+into their shared memory.
+
+A thread's sums are those of the same rows and columns in each block, so they need no
+order but the threads'. A thread block has one tile, so nothing is received twice.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith, vector
+
+_ROWS = 64  # of a warpgroup
+_THREADS = 128  # of a warpgroup
+_GROUP = 8  # neighbouring columns, of which a thread has two in two rows:
+_VALUES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """What the blocks of a cluster exchange.
+
+  Attributes:
+    parts: blocks of a cluster.
+    columns: of a tile.
+    warpgroups: of a block that multiply.
+    received: FP32, in shared memory, from the other blocks.
+    arrived: a barrier's words there.
+  """
+
+  parts: int
+  columns: int
+  warpgroups: int
+  received: Any
+  arrived: Any
+
+  @staticmethod
+  def scratch(parts: int, columns: int, warpgroups: int) -> dict[str, Any]:
+    size = warpgroups * (parts - 1) * _ROWS * columns // parts
+    return {
+      "received": plgpu.SMEM((size,), jnp.float32),
+      "arrived": plgpu.SMEM((2,), jnp.int32),
+    }
+
+  @property
+  def own_columns(self) -> int:
+    return self.columns // self.parts
+
+  def start(self):
+    """Called once by all threads, before the others."""
+    bytes_ = 4 * self.received.shape[0]
+
+    def initialise(_, words):
+      first, address = mgpu.single_thread_predicate(), mgpu_utils.memref_ptr(words)
+      for ptx in (
+        "mbarrier.init.shared::cta.b64 [$0], 1;",
+        f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {bytes_};",
+      ):
+        mgpu_utils.inline_ptx(ptx, address, predicate=first, has_side_effects=True)
+      _emit("fence.mbarrier_init.release.cluster;")
+      _emit("barrier.cluster.arrive.relaxed.aligned;")
+
+    plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(initialise)(self.arrived)
+
+  def meet(self):
+    """Called once by all threads: waits until all blocks have started."""
+    plgpu.inline_mgpu()(lambda _: _emit("barrier.cluster.wait.aligned;"))()
+
+  def share(self, work):
+    """A tile of which this block takes its part of the steps."""
+    rank = lax.axis_index("block")
+    first = lax.div(work.steps * rank, self.parts)
+    last = lax.div(work.steps * (rank + 1), self.parts)
+    return dataclasses.replace(
+      work,
+      steps=last - first,
+      operands=lambda k: work.operands(first + k),
+      row_scales=lambda k: work.row_scales(first + k),
+      column_scales=lambda k: work.column_scales(first + k),
+    )
+
+  def own(self, out):
+    """This block's columns of a tile of the output."""
+    start = lax.axis_index("block") * self.own_columns
+    return out.at[:, pl.ds(start, self.own_columns)]
+
+  def add(self, sums: tuple[jax.Array, ...], warpgroup) -> jax.Array:
+    """All blocks' sums of this block's columns, [64, columns / parts].
+
+    `sums`: this block's, [64, columns] in pieces.
+    """
+    size = self.received.shape[0] // self.warpgroups
+    received = self.received.at[pl.ds(warpgroup * size, size)]
+    shape, layout = (_ROWS, self.own_columns), plgpu.Layout.WGMMA
+    own = plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.float32), layout)
+
+    def exchange(_, received, arrived, rank, *sums):
+      groups = [group for x in sums for group in _by_group(x)]
+      count, rank = len(groups) // self.parts, rank.registers.item()
+      of_block = [groups[i : i + count] for i in range(0, len(groups), count)]
+      self._send(of_block, rank, received, arrived)
+      total = _pick(of_block, rank)
+      self._receive(total, received, arrived)
+      return _of_groups(total, sums[0], shape)
+
+    types = plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT
+    types = *types, *[layout] * len(sums)
+    run: Any = plgpu.inline_mgpu(arg_types=types, return_type=own)(exchange)
+    return run(received, self.arrived, jnp.int32(lax.axis_index("block")), *sums)
+
+  def _send(self, of_block, rank, received, arrived):
+    """Each other block its groups, and its barrier their bytes."""
+    start, barrier = mgpu_utils.memref_ptr(received), mgpu_utils.memref_ptr(arrived)
+    for block, groups in enumerate(of_block):
+      # A block has room for those before it and after it, not for itself.
+      after = arith.cmpi(arith.CmpIPredicate.ugt, rank, _constant(block))
+      number = arith.subi(rank, arith.extui(_i32(), after))
+      other = arith.cmpi(arith.CmpIPredicate.ne, rank, _constant(block))
+      room = _constant(len(groups) * _THREADS * _VALUES)
+      first = arith.addi(arith.muli(number, room), _first_value())
+      theirs = mgpu_utils.get_cluster_ptr(start, _constant(block), generic=False)
+      signal = mgpu_utils.get_cluster_ptr(barrier, _constant(block), generic=False)
+      theirs = mgpu_utils.getelementptr(theirs, [first], _f32())
+      for i, group in enumerate(groups):
+        mgpu_utils.inline_ptx(
+          "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 "
+          "[$0], {$1, $2, $3, $4}, [$5];",
+          *(_group_at(theirs, i), *group, signal),
+          predicate=other,
+          has_side_effects=True,
+        )
+
+  def _receive(self, total, received, arrived):
+    """Adds what the other blocks have sent, in their order."""
+    barrier = mgpu_utils.memref_ptr(arrived)
+    phase = mgpu.BarrierRef(barrier, _constant(0), arrived, num_barriers=1)
+    phase.wait_parity(arith.constant(ir.IntegerType.get_signless(1), 0))
+    start = mgpu_utils.memref_ptr(received)
+    start = mgpu_utils.getelementptr(start, [_first_value()], _f32())
+    for block in range(self.parts - 1):
+      for i, group in enumerate(total):
+        more = mgpu_utils.inline_ptx(
+          "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];",
+          _group_at(start, block * len(total) + i),
+          result_types=[_f32()] * _VALUES,
+          has_side_effects=True,
+        )
+        total[i] = [arith.addf(x, y) for x, y in zip(group, more)]
+
+
+def _pick(of_block, rank) -> list[list[ir.Value]]:
+  """The groups of the block of this rank, known only when the kernel runs."""
+  picked = of_block[0]
+  for block, groups in enumerate(of_block[1:], 1):
+    here = arith.cmpi(arith.CmpIPredicate.eq, rank, _constant(block))
+    picked = [
+      [arith.select(here, x, y) for x, y in zip(group, old)]
+      for group, old in zip(groups, picked)
+    ]
+  return picked
+
+
+def _first_value() -> ir.Value:
+  """Where a thread's values of the first group begin: threads are side by side."""
+  thread = arith.remui(mgpu_utils.thread_idx(), _constant(_THREADS))
+  return arith.muli(thread, _constant(_VALUES))
+
+
+def _group_at(start: ir.Value, number: int) -> ir.Value:
+  return mgpu_utils.getelementptr(start, [number * _THREADS * _VALUES], _f32())
+
+
+def _by_group(x) -> list[list[ir.Value]]:
+  """A thread's four values of each eight columns, of an array [64, N]."""
+  by_group = x.registers.reshape(x.shape[1] // _GROUP, -1)
+  return [
+    [
+      vector.extract(register, dynamic_position=[], static_position=[i])
+      for register in registers
+      for i in range(2)
+    ]
+    for registers in by_group
+  ]
+
+
+def _of_groups(groups: list[list[ir.Value]], like, shape):
+  """The array of such values."""
+  layout = like.layout
+  pair = ir.VectorType.get((2,), _f32())
+  registers = np.empty(layout.registers_shape(shape), dtype=object)
+  flat = [
+    vector.from_elements(pair, group[i : i + 2]) for group in groups for i in (0, 2)
+  ]
+  registers.flat[:] = flat
+  return type(like)(_registers=registers, _layout=layout, _is_signed=None)
+
+
+def _emit(ptx: str):
+  mgpu_utils.inline_ptx(ptx, has_side_effects=True, convergent=True)
+
+
+def _constant(value: int) -> ir.Value:
+  return mgpu_utils.c(value, _i32())
+
+
+def _i32() -> ir.Type:
+  return ir.IntegerType.get_signless(32)
+
+
+def _f32() -> ir.Type:
+  return ir.F32Type.get()
