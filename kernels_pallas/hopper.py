@@ -1,4 +1,5 @@
-"""What Mosaic GPU kernels for NVIDIA Hopper share: its size and its memory's layout."""
+"""What Mosaic GPU kernels for NVIDIA Hopper share: its size, its memory's layout, and
+what they write inline."""
 
 import functools
 from collections.abc import Callable
@@ -7,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith
 
 _SMS = 132  # of an H100 SXM, an H200 and an H800
 
@@ -43,3 +46,12 @@ def transforms(dtype, bytes_: int) -> tuple[Any, Any]:
     plgpu.TilingTransform((8, columns)),  # pyright: ignore[reportAbstractUsage]
     plgpu.SwizzleTransform(bytes_),  # pyright: ignore[reportAbstractUsage]
   )
+
+
+def int32() -> ir.Type:
+  """Of a scalar in inline instructions."""
+  return ir.IntegerType.get_signless(32)
+
+
+def int32_constant(value: int) -> ir.Value:
+  return arith.constant(int32(), value)

@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith
 
-from kernels_pallas.hopper import transforms
+from kernels_pallas.hopper import int32, int32_constant, transforms
 
 _WARPS = 4  # of a warpgroup
 _WORDS = 2  # of 32 bits, of a barrier
@@ -136,7 +136,7 @@ class PerWarp:
     def initialise(words):
       first = mgpu.single_thread_predicate()
       for i, count in enumerate([1] * self.stages + [readers] * self.stages):
-        address = _barrier(words, _constant(i)).get_ptr()
+        address = _barrier(words, int32_constant(i)).get_ptr()
         _emit(f"mbarrier.init.shared::cta.b64 [$0], {count};", address, first)
       mgpu_utils.inline_ptx(
         "fence.mbarrier_init.release.cluster;", has_side_effects=True, convergent=True
@@ -159,7 +159,7 @@ class PerWarp:
 
   def copies_here(self):
     def warp():
-      return arith.remui(mgpu_utils.warp_idx(), _constant(_WARPS))
+      return arith.remui(mgpu_utils.warp_idx(), int32_constant(_WARPS))
 
     return _computed(warp) == 0
 
@@ -170,7 +170,7 @@ class PerWarp:
     """
     zero = "mov.b32 $0, 0;"
     return _computed(
-      lambda: mgpu_utils.inline_ptx(zero, result_types=_i32(), has_side_effects=True)
+      lambda: mgpu_utils.inline_ptx(zero, result_types=int32(), has_side_effects=True)
     )
 
   def copy(self, step: Step, copies: Sequence[tuple[View, Any]]):
@@ -181,8 +181,8 @@ class PerWarp:
       slot = _value(slot)
       filled = _barrier(words, slot)
       # Of a slot that was never filled the phase before the first, odd, is over.
-      free = _barrier(words, arith.addi(slot, _constant(self.stages)))
-      _wait(free, arith.xori(_value(odd), _constant(1)))
+      free = _barrier(words, arith.addi(slot, int32_constant(self.stages)))
+      _wait(free, arith.xori(_value(odd), int32_constant(1)))
       leader = mgpu.single_thread_predicate(mgpu.ThreadSubset.WARP)
       filled.arrive_expect_tx(bytes_, predicate=leader)
       for i, (view, _) in enumerate(copies):
@@ -222,12 +222,12 @@ class PerWarp:
     def arrive(words, free):
       address, space = _barrier(words, free).get_ptr(), "cta"
       mgpu_utils.warp_barrier()  # all of the warp's threads have read
-      warp = _constant(mgpu_utils.WARP_SIZE)
+      warp = int32_constant(mgpu_utils.WARP_SIZE)
       lane = arith.remui(mgpu_utils.thread_idx(), warp)
       if self.cluster > 1:  # a thread for each block of the cluster
         address = mgpu_utils.get_cluster_ptr(address, lane, generic=False)
         space = "cluster"
-      leads = arith.cmpi(arith.CmpIPredicate.ult, lane, _constant(self.cluster))
+      leads = arith.cmpi(arith.CmpIPredicate.ult, lane, int32_constant(self.cluster))
       # What was read is read, nothing was written. Release to the cluster would be a
       # fence of the whole GPU's memory.
       ptx = f"mbarrier.arrive.release.cta.shared::{space}.b64 _, [$0];"
@@ -289,11 +289,3 @@ def _wait(barrier, odd):
 
 def _value(scalar):
   return scalar.registers.item()
-
-
-def _constant(value: int):
-  return mgpu_utils.c(value, _i32())
-
-
-def _i32():
-  return ir.IntegerType.get_signless(32)

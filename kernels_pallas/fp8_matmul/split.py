@@ -25,6 +25,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, vector
 
+from kernels_pallas.hopper import int32, int32_constant
+
 _ROWS = 64  # of a warpgroup
 _THREADS = 128  # of a warpgroup
 _GROUP = 8  # neighbouring columns, of which a thread has two in two rows:
@@ -128,13 +130,13 @@ class Split:
     start, barrier = mgpu_utils.memref_ptr(received), mgpu_utils.memref_ptr(arrived)
     for block, groups in enumerate(of_block):
       # A block has room for those before it and after it, not for itself.
-      after = arith.cmpi(arith.CmpIPredicate.ugt, rank, _constant(block))
-      number = arith.subi(rank, arith.extui(_i32(), after))
-      other = arith.cmpi(arith.CmpIPredicate.ne, rank, _constant(block))
-      room = _constant(len(groups) * _THREADS * _VALUES)
+      after = arith.cmpi(arith.CmpIPredicate.ugt, rank, int32_constant(block))
+      number = arith.subi(rank, arith.extui(int32(), after))
+      other = arith.cmpi(arith.CmpIPredicate.ne, rank, int32_constant(block))
+      room = int32_constant(len(groups) * _THREADS * _VALUES)
       first = arith.addi(arith.muli(number, room), _first_value())
-      theirs = mgpu_utils.get_cluster_ptr(start, _constant(block), generic=False)
-      signal = mgpu_utils.get_cluster_ptr(barrier, _constant(block), generic=False)
+      theirs = mgpu_utils.get_cluster_ptr(start, int32_constant(block), generic=False)
+      signal = mgpu_utils.get_cluster_ptr(barrier, int32_constant(block), generic=False)
       theirs = mgpu_utils.getelementptr(theirs, [first], _f32())
       for i, group in enumerate(groups):
         mgpu_utils.inline_ptx(
@@ -148,7 +150,7 @@ class Split:
   def _receive(self, total, received, arrived):
     """Adds what the other blocks have sent, in their order."""
     barrier = mgpu_utils.memref_ptr(arrived)
-    phase = mgpu.BarrierRef(barrier, _constant(0), arrived, num_barriers=1)
+    phase = mgpu.BarrierRef(barrier, int32_constant(0), arrived, num_barriers=1)
     phase.wait_parity(arith.constant(ir.IntegerType.get_signless(1), 0))
     start = mgpu_utils.memref_ptr(received)
     start = mgpu_utils.getelementptr(start, [_first_value()], _f32())
@@ -167,7 +169,7 @@ def _pick(of_block, rank) -> list[list[ir.Value]]:
   """The groups of the block of this rank, known only when the kernel runs."""
   picked = of_block[0]
   for block, groups in enumerate(of_block[1:], 1):
-    here = arith.cmpi(arith.CmpIPredicate.eq, rank, _constant(block))
+    here = arith.cmpi(arith.CmpIPredicate.eq, rank, int32_constant(block))
     picked = [
       [arith.select(here, x, y) for x, y in zip(group, old)]
       for group, old in zip(groups, picked)
@@ -177,8 +179,8 @@ def _pick(of_block, rank) -> list[list[ir.Value]]:
 
 def _first_value() -> ir.Value:
   """Where a thread's values of the first group begin: threads are side by side."""
-  thread = arith.remui(mgpu_utils.thread_idx(), _constant(_THREADS))
-  return arith.muli(thread, _constant(_VALUES))
+  thread = arith.remui(mgpu_utils.thread_idx(), int32_constant(_THREADS))
+  return arith.muli(thread, int32_constant(_VALUES))
 
 
 def _group_at(start: ir.Value, number: int) -> ir.Value:
@@ -212,14 +214,6 @@ def _of_groups(groups: list[list[ir.Value]], like, shape):
 
 def _emit(ptx: str):
   mgpu_utils.inline_ptx(ptx, has_side_effects=True, convergent=True)
-
-
-def _constant(value: int) -> ir.Value:
-  return mgpu_utils.c(value, _i32())
-
-
-def _i32() -> ir.Type:
-  return ir.IntegerType.get_signless(32)
 
 
 def _f32() -> ir.Type:
