@@ -28,9 +28,6 @@ import statistics
 import time
 from concurrent import futures
 
-# PyTorch gets the rest. Memory asked for later would wait for the device.
-os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
-
 import jax
 import jax.numpy as jnp
 
@@ -354,6 +351,8 @@ def main():
   parser.add_argument("--no-check", dest="check", action="store_false", help="faster")
   parser.add_argument("--show", type=int, default=6, help="tilings printed by retune")
   flags = parser.parse_args()
+  # PyTorch gets the rest. Memory asked for later would wait for the device.
+  os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
   print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {flags.rounds} rounds")
   for product in flags.products:
     for m in flags.rows:

@@ -116,6 +116,7 @@ def listing(name: str, target: str | None = None) -> tuple[int, bool]:
   environment = os.environ | {
     "MOSAIC_GPU_DUMP_PTX": "1",
     "JAX_ENABLE_COMPILATION_CACHE": "0",
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # several share a GPU
   }
   ran = subprocess.run(command, env=environment, capture_output=True, text=True)
   start = ran.stdout.find(".version")
