@@ -17,7 +17,8 @@ from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.extend.mlir import ir
+
+from kernels_pallas.hopper import int32
 
 MOST = 24  # programs: JAX lets some 30 wait for the device, then waits itself
 _CYCLES = 60_000_000  # of a GPU at 2 GHz, 30 ms
@@ -75,9 +76,10 @@ def _nanoseconds():
   word = plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), plgpu.Layout.WG_SPLAT)
 
   def inline(_):
-    i32 = ir.IntegerType.get_signless(32)
     ptx = "{.reg .b64 t; mov.b64 t, %globaltimer; mov.b64 {$0, $1}, t;}"
-    words = mgpu_utils.inline_ptx(ptx, result_types=[i32, i32], has_side_effects=True)
+    words = mgpu_utils.inline_ptx(
+      ptx, result_types=[int32()] * 2, has_side_effects=True
+    )
     return [mgpu.FragmentedArray.splat(word, (), is_signed=True) for word in words]
 
   run: Any = plgpu.inline_mgpu(return_type=[word, word])(inline)

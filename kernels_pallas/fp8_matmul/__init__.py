@@ -59,7 +59,8 @@ def fp8_matmul(
     b_NK: codes of the weights.
     sb_nk: FP32 scale of each 128 x 128 block.
     out_dtype: bfloat16 or float32.
-    num_sms: multiprocessors that the GPU's kernel uses, None for all.
+    num_sms: multiprocessors that the GPU's kernel uses, None for all. At most 256 rows
+      of a long K are added up in another order with all.
     impl: a name from the module's table, or None.
 
   Returns:

@@ -14,6 +14,9 @@ W allow, so that each instruction left out counts. Hence barriers of our own
 (barriers.py), loops that turn once a round, and pairs of thread blocks that fetch their
 rows once.
 
+Of few rows moving the weights is what takes time; there several thread blocks may take
+a part of one tile's contraction each (split.py).
+
 Left out: Blackwell.
 """
 
@@ -129,8 +132,8 @@ def run(
     raise ValueError(f"{t.together} steps at once do not fit in {t.stages} stages: {t}")
   if t.cluster > 1 and (t.together > 1 or t.fresh):
     raise ValueError(f"clusters need steps one by one and whole sums: {t}")
-  whole = t.cluster > 1 or t.warpgroups > 2 or scale_each_column or sum_bits is not None
-  if t.split > 1 and whole:
+  plain = not scale_each_column and sum_bits is None
+  if t.split > 1 and not (plain and t.cluster == 1 and t.warpgroups <= 2):
     raise ValueError(f"only plain products of few rows are split: {t}")
   if t.split > 1 and t.columns % (16 * t.split):
     raise ValueError(f"a block's part of the columns must be a multiple of 16: {t}")
@@ -152,8 +155,8 @@ def run(
 
   # Where each column has a scale, or sums are cut, that takes more registers than there
   # are. Of a single round the compiler makes no loop, and then waits for each product.
-  in_rounds = per_warp and not scale_each_column and sum_bits is None and t.stages <= 4
-  in_rounds = in_rounds and t.split == 1
+  # Blocks that split a tile have fewer steps than it.
+  in_rounds = per_warp and plain and t.split == 1 and t.stages <= 4
   if in_rounds:
     in_rounds = steps is not None and steps > t.stages and steps % t.stages == 0
 
@@ -196,7 +199,7 @@ def run(
     ring.barriers.stop()
 
   sms = num_sms or (streaming_multiprocessors() if interpret is None else 2)
-  blocks = t.cluster * t.split
+  blocks = t.cluster * t.split  # of a cluster, which has one tile if it splits it
   mesh = plgpu.Mesh(
     grid=(tiles if t.split > 1 else sms // t.cluster,),
     grid_names=("sm",),
