@@ -35,7 +35,8 @@ _FORWARD_COST = {_TALL_PAIR: 1.0, _UNEVEN: 1.05, _WIDE: 1.15}
 _GROUPED_COST = {_TALL: 1.0, _UNEVEN: 1.1, _WIDE: 1.15}
 _WEIGHT_GRADIENT_COST = {_TALL_16: 1.0, _UNEVEN: 1.1, _SMALL: 1.15}
 # For few rows, the widest first: with one warpgroup, and with the two that more rows
-# and groups need. Measured at M = 64 and 128 on an H100, 2026-11-23.
+# and groups need. What V3's shapes take was measured at M = 64 and 128 on an H100,
+# 2026-11-23; the narrowest and groups were not.
 _FEW_ROWS = [
   Tiling(64, 12, 1, warpgroups=1, together=4),
   Tiling(32, 16, 1, warpgroups=1, together=4),
@@ -46,7 +47,8 @@ _FEW_ROWS_PAIR = [
   Tiling(32, 9, 1, together=4),
   Tiling(16, 10, 1, together=5),
 ]
-# The same of a long contraction, which thread blocks may split.
+# The same of a long contraction, which thread blocks may split: 7,168 was long enough,
+# 2,048 was not.
 _LONG = 4096
 _FEW_ROWS_LONG = [*_FEW_ROWS[:2], Tiling(32, 12, 1, warpgroups=1, together=4, split=2)]
 _FEW_ROWS_PAIR_LONG = [
