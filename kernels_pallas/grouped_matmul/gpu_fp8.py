@@ -37,7 +37,7 @@ def multiply(
   if tiling.warpgroups == 2:
     blocks = schedule.contiguous(sizes_E, rows)
   else:
-    blocks = schedule.tall(sizes_E, rows, tiling.warpgroups)
+    blocks = schedule.tall(sizes_E, rows)
   options = {"out_dtype": out_dtype, "num_sms": num_sms, "tiling": tiling}
   return gpu.multiply(
     a_ZK,

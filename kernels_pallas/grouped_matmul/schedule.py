@@ -25,26 +25,35 @@ def contiguous(sizes_E: jax.Array, rows: int) -> jax.Array:
   return group_m.astype(jnp.int32)[None]
 
 
-def tall(sizes_E: jax.Array, rows: int, warpgroups: int) -> jax.Array:
-  """[3, m]: of blocks of `warpgroups` x 64 rows, cut anew in each group.
+def tall(sizes_E: jax.Array, rows: int) -> jax.Array:
+  """[3, m]: of blocks of 192 rows, and of 128 where a group's rows are no multiple.
 
-  Group, first row / 64, and how many warpgroups have rows of that group, 0 in blocks
-  that are not needed. What follows the last group is a group E. Full blocks come first:
-  lower ones, which take less time, even out the load at the end.
+  Group, first row / 64, and how many warpgroups of 64 rows have work: 3, 2, or 0 in
+  blocks that are not needed, which come last. A group's lower blocks, at most two, come
+  after its others; what follows the last group is a group E.
+
+  Two blocks of 128 rows instead of 192 and 64: both fetch their columns of the group's
+  matrix together, and one of 64 fetches as many for half the work. A sort or a scan
+  would be more kernels, and a product may take less than a millisecond.
   """
-  units_E1 = jnp.append(sizes_E, rows - sizes_E.sum()) // WARPGROUP_ROWS
-  blocks_E1 = -(-units_E1 // warpgroups)
-  experts, end_E1 = sizes_E.shape[0], jnp.cumsum(blocks_E1)
-  most = (rows // WARPGROUP_ROWS + (warpgroups - 1) * (experts + 1)) // warpgroups
-  block_m = jnp.arange(most)
-  group_m = jnp.searchsorted(end_E1, block_m, side="right", method="compare_all")
-  group_m = jnp.minimum(group_m, experts)
-  inside_m = (block_m - (end_E1 - blocks_E1)[group_m]) * warpgroups
-  first_m = (jnp.cumsum(units_E1) - units_E1)[group_m] + inside_m
-  filled_m = jnp.clip(units_E1[group_m] - inside_m, 0, warpgroups)
-  first_m = jnp.where(filled_m > 0, first_m, 0)
-  blocks_3m = jnp.stack([group_m, first_m, filled_m]).astype(jnp.int32)
-  return blocks_3m[:, jnp.argsort(-filled_m)]
+  experts = sizes_E.shape[0]
+  rest = -(-(rows - sizes_E.sum()) // BLOCK_ROWS) * BLOCK_ROWS
+  units_F = jnp.append(sizes_E, rest).astype(jnp.int32) // WARPGROUP_ROWS
+  lower_F = -units_F % 3  # blocks of two units
+  high_F = (units_F - 2 * lower_F) // 3
+  counts_2F = jnp.stack([units_F, high_F + lower_F])
+  end_2F = jnp.cumsum(counts_2F, axis=1)
+  start_2F = end_2F - counts_2F
+  block_m = jnp.arange(2 * (-(-rows // BLOCK_ROWS) + experts + 1) // 3)
+  group_m = jnp.minimum(jnp.sum(end_2F[1] <= block_m[:, None], axis=1), experts)
+  number_m = block_m - start_2F[1, group_m]  # in its group
+  before_m = 3 * number_m - jnp.maximum(number_m - high_F[group_m], 0)
+  first_m = start_2F[0, group_m] + before_m
+  busy_m = jnp.where(number_m < high_F[group_m], 3, 2)
+  is_needed_m = block_m < end_2F[1, -1]
+  blocks_3m = jnp.stack([group_m, first_m, busy_m])
+  blocks_3m = jnp.where(is_needed_m, blocks_3m, jnp.array([[experts], [0], [0]]))
+  return blocks_3m.astype(jnp.int32)
 
 
 def masked(counts_G: jax.Array, capacity: int) -> jax.Array:
