@@ -183,8 +183,28 @@ def for_each_tile(
     compiler_params=PARAMS,
     interpret=interpret,
   )
-  counter = jax.new_ref(jnp.zeros((1,), jnp.int32))
-  return run(*[source.array for source in sources], *scalars, counter)
+  arrays = [source.array for source in sources]
+  return _with_counter(run, out)(*arrays, *scalars)
+
+
+def _with_counter(run: Callable, out: Sequence[jax.ShapeDtypeStruct]) -> Callable:
+  """`run`, whose last operand is a reference to a counter from 0 on, of the others.
+
+  `jax.new_ref` would give it an effect, which the transformations of a training step
+  refuse; `pl.run_state` has none, but cannot be batched.
+  """
+
+  @jax.custom_batching.sequential_vmap
+  def call(*operands):
+    def fill(refs):
+      counter_ref, *out_refs = refs
+      for ref, value in zip(out_refs, run(*operands, counter_ref)):
+        ref[...] = value
+
+    empty = [lax.empty(x.shape, x.dtype) for x in out]
+    return pl.run_state(fill)([jnp.zeros((1,), jnp.int32), *empty])[1:]
+
+  return call
 
 
 def warpgroup() -> jax.Array:
