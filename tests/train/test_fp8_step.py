@@ -19,7 +19,10 @@ import pytest
 from deepseek_jax.config import Config
 from deepseek_jax.fp8_config import Fp8Config
 from deepseek_jax.mesh import make_mesh
+from deepseek_jax.parallel import dispatch
+from deepseek_jax.precision import hopper
 from deepseek_jax.train import step
+from kernels_pallas import choose
 from tests.train import test_step
 from tests.train.test_step import make_config, run, tokens
 
@@ -98,3 +101,31 @@ def test_ablations_want_the_emulation():
   ):
     Config(precision="fp8", fp8=ablation, model=config.model, train=config.train)
   Config(precision="fp8_emulated", fp8=ablation, model=config.model, train=config.train)
+
+
+def test_lowers_for_cuda_with_its_kernels(monkeypatch):
+  """Remat, scans over layers and micro-batches, and shard_map take every kernel."""
+  for module in (choose, hopper, dispatch):
+    monkeypatch.setattr(module, "target_platform", lambda: "gpu")
+  model = dataclasses.replace(
+    MODEL,
+    dim=256,
+    inter_dim=256,
+    moe_inter_dim=128,
+    n_layers=2,
+    n_dense_layers=1,
+    q_lora_rank=64,
+    kv_lora_rank=64,
+    qk_nope_head_dim=64,
+    qk_rope_head_dim=64,
+    v_head_dim=64,
+  )
+  config = make_config((1, 1, 2), 2, model, "fp8", remat="deepseek", seq_len=32)
+  devices = make_mesh(expert=2, devices=jax.devices()[:2])
+  shape = (2, config.train.micro_batch_size * 2, 33)
+  batch = jax.ShapeDtypeStruct(shape, np.int32, sharding=step.batch_sharding(devices))
+  run = step.make_train_step(config, devices, 2.0)
+  args = step.abstract_state(config, devices), {"tokens": batch}, test_step.SCALARS
+  lowered = run.trace(*args).lower(lowering_platforms=("cuda",))
+  # Products and quantisers of two layers and MTP's, forward and backward.
+  assert lowered.as_text().count("mosaic_gpu_v2") > 50
