@@ -1,4 +1,5 @@
-"""A kernel that a step calls in many places is lowered, and so compiled, once."""
+"""What a training step wants of kernels: lowered, and so compiled, once wherever it
+calls them; without effects, which its transformations refuse."""
 
 import re
 
@@ -9,6 +10,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas.fp8_matmul import gpu
+from kernels_pallas.grouped_matmul import gpu as grouped
+from kernels_pallas.grouped_matmul import gpu_fp8
 from kernels_pallas.quantize import gpu as quantize
 
 SIZE = 128  # of everything, so that forward and backward take the same kernels
@@ -54,3 +57,18 @@ def test_one_kernel_a_shape_wherever_it_is_called():
   hashes = re.findall(r'kernel_hash = "([^"]*)"', text)
   assert len(hashes) > 2
   assert len(set(hashes)) == 2  # one quantises, one multiplies
+
+
+def test_kernels_have_no_effects():
+  """Those that write in place, or count, would have one by jax.new_ref."""
+  f32, codes = jnp.float32, jax.ShapeDtypeStruct((SIZE, SIZE), jnp.float8_e4m3fn)
+  scales, c = (jax.ShapeDtypeStruct(s, f32) for s in ((1, SIZE), (1, SIZE, SIZE)))
+  x = jax.ShapeDtypeStruct((SIZE, SIZE), jnp.bfloat16)
+  sizes, pair = jax.ShapeDtypeStruct((1,), jnp.int32), (codes, scales)
+  for function, *args in (
+    (lambda x: quantize.quantize_both(x, False, jnp.float8_e4m3fn), x),
+    (lambda *a: gpu.multiply_tokens(*a[:4], None, a[4]), *pair, *pair, c),
+    (gpu_fp8.multiply_rows, *pair, *pair, sizes, c),
+    (lambda *a: grouped.multiply_rows(*a[:3], f32, a[3]), x, x, sizes, c),
+  ):
+    assert not jax.jit(function).trace(*args).jaxpr.effects
