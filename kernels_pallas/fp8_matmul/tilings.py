@@ -30,7 +30,8 @@ FORWARD = {(4096, 32768, 512): _TALL, (8192, 32768, 512): _TALL}
 WEIGHT_GRADIENT: dict[tuple[int, int, int], Tiling] = {}
 # Time of a value of the output beside that of tall tiles. Measured, but for _UNEVEN and
 # _WIDE of dense rows and _WIDE of groups, which were before their stores waited, and
-# _SMALL, for which _UNEVEN's change was taken over.
+# _SMALL, for which _UNEVEN's change was taken over. Those of groups were beside single
+# thread blocks, whose lower tiles had 64 rows.
 _FORWARD_COST = {_TALL_PAIR: 1.0, _UNEVEN: 1.05, _WIDE: 1.15}
 _GROUPED_COST = {_TALL_PAIR: 1.0, _UNEVEN: 1.1, _WIDE: 1.15}
 _WEIGHT_GRADIENT_COST = {_TALL_16: 1.0, _UNEVEN: 1.1, _SMALL: 1.15}
