@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith
@@ -22,6 +23,15 @@ def traced_once(*options: str) -> Callable[[Callable], Callable]:
   The call is inlined, so that nothing around it sees a `jax.jit`.
   """
   return functools.partial(jax.jit, static_argnames=options, inline=True)
+
+
+def in_place(kernel: Callable[[Any], None], state: Any) -> Any:
+  """What `kernel`, called with references to `state`, leaves there.
+
+  As `jax.new_ref`, but without its effect, which the transformations of a training step
+  refuse. Buffers are reused where the caller lets go of them.
+  """
+  return pl.run_state(kernel)(state)
 
 
 def streaming_multiprocessors() -> int:

@@ -35,7 +35,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas.fp8_matmul.barriers import PerThread, PerWarp, View
 from kernels_pallas.fp8_matmul.promotion import WARPGROUP_ROWS, Part, Ring
 from kernels_pallas.fp8_matmul.split import Split
-from kernels_pallas.hopper import streaming_multiprocessors, swizzled
+from kernels_pallas.hopper import in_place, streaming_multiprocessors, swizzled
 
 BLOCK = 128  # of the contraction: one scale, one promotion
 _SCALES_AT_ONCE = 32  # of columns, so that they fit in registers beside the sums
@@ -225,13 +225,8 @@ def run(
   if add_to is None:
     return lambda *operands: kernel(scoped, out_type=(out,))(*operands)[0]
 
-  def accumulate(*operands):
-    def add(sums):  # not jax.new_ref, which has an effect that training refuses
-      kernel(scoped, out_type=())(*operands, sums)
-
-    return pl.run_state(add)(add_to)
-
-  return accumulate
+  add = kernel(scoped, out_type=())
+  return lambda *operands: in_place(lambda sums: add(*operands, sums), add_to)
 
 
 def _scratch(

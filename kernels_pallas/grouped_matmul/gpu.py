@@ -25,7 +25,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.grouped_matmul import schedule
-from kernels_pallas.hopper import streaming_multiprocessors, swizzled, traced_once
+from kernels_pallas.hopper import (
+  in_place,
+  streaming_multiprocessors,
+  swizzled,
+  traced_once,
+)
 
 ROW_MULTIPLE = schedule.BLOCK_ROWS
 _WARPGROUP_ROWS = 64  # of a wgmma instruction
@@ -225,13 +230,8 @@ def _persistent_matmul(
   if add_to is None:
     return lambda *operands: kernel(scoped, out_type=(out,))(*operands)[0]
 
-  def accumulate(*operands):
-    def add(sums):  # not jax.new_ref, which has an effect that training refuses
-      kernel(scoped, out_type=())(*operands, sums)
-
-    return pl.run_state(add)(add_to)
-
-  return accumulate
+  add = kernel(scoped, out_type=())
+  return lambda *operands: in_place(lambda sums: add(*operands, sums), add_to)
 
 
 def _store_columns(dtype) -> int:

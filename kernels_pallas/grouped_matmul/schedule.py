@@ -33,8 +33,8 @@ def tall(sizes_E: jax.Array, rows: int) -> jax.Array:
   after its others; what follows the last group is a group E.
 
   Two blocks of 128 rows instead of 192 and 64: both fetch their columns of the group's
-  matrix together, and one of 64 fetches as many for half the work. A sort or a scan
-  would be more kernels, and a product may take less than a millisecond.
+  matrix together, and one of 64 fetches as many for half the work. There is no sort,
+  which would be more kernels: a product may take less than a millisecond.
   """
   experts = sizes_E.shape[0]
   rest = -(-(rows - sizes_E.sum()) // BLOCK_ROWS) * BLOCK_ROWS

@@ -1,7 +1,7 @@
 """A counter in global memory that tells teams which tile is next.
 
-Asking takes about a microsecond. So a team asks a tile ahead, and the thread that asked
-keeps the answer until all of its warpgroup want to know it.
+The answer takes its time, so a team asks a tile ahead, and the thread that asked keeps
+it until all of its warpgroup want to know.
 """
 
 from typing import Any

@@ -190,8 +190,7 @@ def for_each_tile(
 def _with_counter(run: Callable, out: Sequence[jax.ShapeDtypeStruct]) -> Callable:
   """`run`, whose last operand is a reference to a counter from 0 on, of the others.
 
-  `jax.new_ref` would give it an effect, which the transformations of a training step
-  refuse; `pl.run_state` has none, but cannot be batched.
+  What is written in place cannot be batched, so `jax.vmap` calls it one by one.
   """
 
   @jax.custom_batching.sequential_vmap
@@ -202,7 +201,7 @@ def _with_counter(run: Callable, out: Sequence[jax.ShapeDtypeStruct]) -> Callabl
         ref[...] = value
 
     empty = [lax.empty(x.shape, x.dtype) for x in out]
-    return pl.run_state(fill)([jnp.zeros((1,), jnp.int32), *empty])[1:]
+    return hopper.in_place(fill, [jnp.zeros((1,), jnp.int32), *empty])[1:]
 
   return call
 
