@@ -48,9 +48,10 @@ class View:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """Step k of a tile: its number since the kernel's start, and its place in the ring.
+  """What a slot of the ring is filled with: steps of a tile from k on.
 
-  `odd` is 1 in every second round through the slots.
+  `number` counts fillings since the kernel's start; `odd` is 1 in every second round
+  through the slots.
   """
 
   k: Any
@@ -63,16 +64,16 @@ class Step:
 class PerThread:
   """Pallas's barriers; copies of a step arrive one by one."""
 
-  stages: int
+  slots: int
   filled: Any
   free: Any
 
   @staticmethod
-  def scratch(stages: int, warpgroups: int, copies: int) -> dict[str, Any]:
+  def scratch(slots: int, warpgroups: int, copies: int) -> dict[str, Any]:
     """`copies` of each step."""
     return {
-      "filled": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-      "free": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+      "filled": plgpu.Barrier(num_arrivals=copies, num_barriers=slots),
+      "free": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=slots),
     }
 
   def start(self):
@@ -92,7 +93,7 @@ class PerThread:
   def copy(self, step: Step, copies: Sequence[tuple[View, Any]]):
     """Fills the slot of `step` once it is free; of the copying warpgroup."""
 
-    @pl.when(step.number >= self.stages)
+    @pl.when(step.number >= self.slots)
     def wait():
       plgpu.barrier_wait(self.free.at[step.slot])
 
@@ -103,9 +104,9 @@ class PerThread:
     """Called by the copying warpgroup after so many steps."""
 
     def drain(step, _):  # the last slots: every arrival is waited for once
-      plgpu.barrier_wait(self.free.at[lax.rem(step, self.stages)])
+      plgpu.barrier_wait(self.free.at[lax.rem(step, self.slots)])
 
-    lax.fori_loop(jnp.maximum(copied - self.stages, 0), copied, drain, None)
+    lax.fori_loop(jnp.maximum(copied - self.slots, 0), copied, drain, None)
 
   def wait(self, step: Step):
     """Until the slot of `step` is filled; of each warpgroup that multiplies."""
@@ -120,24 +121,26 @@ class PerThread:
 class PerWarp:
   """Barriers in shared memory: the slots' `filled`, then their `free`."""
 
-  stages: int
+  slots: int
   warpgroups: int
   cluster: int
   swizzle: int  # of the operands, bytes
   words: Any
 
   @staticmethod
-  def scratch(stages: int) -> dict[str, Any]:
-    return {"words": plgpu.SMEM((2 * stages * _WORDS,), jnp.int32)}
+  def scratch(slots: int) -> dict[str, Any]:
+    return {"words": plgpu.SMEM((2 * slots * _WORDS,), jnp.int32)}
 
   def start(self):
     readers = self.warpgroups * _WARPS * self.cluster
 
     def initialise(words):
-      first = mgpu.single_thread_predicate()
-      for i, count in enumerate([1] * self.stages + [readers] * self.stages):
-        address = _barrier(words, int32_constant(i)).get_ptr()
-        _emit(f"mbarrier.init.shared::cta.b64 [$0], {count};", address, first)
+      start = mgpu_utils.memref_ptr(words)
+      # In a branch: each with a predicate of its own takes several times as long.
+      with mgpu_utils.when(mgpu.single_thread_predicate()):
+        for i, count in enumerate([1] * self.slots + [readers] * self.slots):
+          at = f"[$0+{4 * _WORDS * i}]"
+          _emit(f"mbarrier.init.shared::cta.b64 {at}, {count};", start)
       mgpu_utils.inline_ptx(
         "fence.mbarrier_init.release.cluster;", has_side_effects=True, convergent=True
       )
@@ -181,7 +184,7 @@ class PerWarp:
       slot = _value(slot)
       filled = _barrier(words, slot)
       # Of a slot that was never filled the phase before the first, odd, is over.
-      free = _barrier(words, arith.addi(slot, int32_constant(self.stages)))
+      free = _barrier(words, arith.addi(slot, int32_constant(self.slots)))
       _wait(free, arith.xori(_value(odd), int32_constant(1)))
       leader = mgpu.single_thread_predicate(mgpu.ThreadSubset.WARP)
       filled.arrive_expect_tx(bytes_, predicate=leader)
@@ -233,11 +236,11 @@ class PerWarp:
       ptx = f"mbarrier.arrive.release.cta.shared::{space}.b64 _, [$0];"
       _emit(ptx, address, leads)
 
-    _inline(arrive, self.words, step.slot + self.stages)
+    _inline(arrive, self.words, step.slot + self.slots)
 
   def _layout(self, smem) -> tuple[Any, ...]:
     """Of a slot: operands are swizzled, scales are not."""
-    return transforms(smem.dtype, self.swizzle) if len(smem.shape) == 2 else ()
+    return () if smem.dtype == jnp.float32 else transforms(smem.dtype, self.swizzle)
 
 
 def _inline(emit: Callable[..., None], words, *scalars):
@@ -262,7 +265,7 @@ def _computed(emit: Callable[[], Any]):
   return run()
 
 
-def _emit(ptx: str, address, predicate):
+def _emit(ptx: str, address, predicate=None):
   mgpu_utils.inline_ptx(ptx, address, predicate=predicate, has_side_effects=True)
 
 

@@ -30,6 +30,7 @@ from kernels_pallas.hopper import traced_once
 
 _TMA_ROWS = 8  # a tile of TMA's; fewer rows than one are fine too
 _TMA_TOKENS = 128
+_APART = 8  # clusters: as many GPCs as take one in turn, 7 to 16 were as good
 
 
 def unsupported(n: int, k: int) -> str | None:
@@ -99,6 +100,7 @@ def multiply_groups(
   """
   (pieces, rows, depth), (experts, columns) = a_GCK.shape, b_ENK.shape[:2]
   t = _alone(tiling or tilings.masked(pieces * rows, columns), num_sms, interpret)
+  t = tilings.of_steps(t, pl.cdiv(depth, BLOCK))
   form = 0 if blocks is None else blocks.shape[0]  # rows of the table
   if form and (t.warpgroups > 2) != (form == 3):
     raise ValueError(f"a table of {form} rows has no tiles of {t}")
@@ -135,7 +137,7 @@ def multiply_groups(
     at_columns = pl.ds(column * t.columns, t.columns)
 
     def operands(k):
-      at_depth = pl.ds(k * BLOCK, BLOCK)
+      at_depth = pl.ds(k * BLOCK, t.fetched * BLOCK)
       a = View(a_ref, (piece, at_rows, at_depth), shared=True)
       return a, View(b_ref, (group, at_columns, at_depth))
 
@@ -145,10 +147,14 @@ def multiply_groups(
       known = jnp.minimum(group, experts - 1)  # they are read ahead
       return [sb_ref[known, jnp.minimum(n, last_scale), k] for n in blocks]
 
+    def row_scales(k):
+      at_steps = k if t.fetched == 1 else pl.ds(k, t.fetched)
+      return View(sa_ref, (at_steps, piece, at_rows))
+
     return Tile(
       steps=jnp.int32(steps),
       operands=operands,
-      row_scales=lambda k: View(sa_ref, (k, piece, at_rows)),
+      row_scales=row_scales,
       column_scales=column_scales,
       out=c_ref.at[piece, at_rows, at_columns],
       rows=filled,
@@ -259,6 +265,8 @@ def _alone(t: Tiling, num_sms: int | None, interpret) -> Tiling:
 def _place(i, cut: tilings.Cut, across: int, t: Tiling):
   """First row, column / t.columns and busy warpgroups (None: all) of the i-th tile."""
   row, column = plgpu.planar_snake(i, (max(cut.whole, 1), across), 0, t.snake)
+  if t.split > 1 and cut.whole > 1:
+    row, column = _side_by_side(i, cut.whole, across)
   if not cut.lower:
     return row * t.rows, column, None
   whole_tiles = cut.whole * across
@@ -272,6 +280,16 @@ def _place(i, cut: tilings.Cut, across: int, t: Tiling):
     jnp.where(is_whole, column, low_column),
     jnp.where(is_whole, t.warpgroups, cut.busy),
   )
+
+
+def _side_by_side(i, down: int, across: int):
+  """Row and column of a tile; those of a column are so many clusters apart that they
+  are most often run side by side, so that what one fetches the others find."""
+  first = lax.div(i, _APART * down) * _APART
+  wide = jnp.minimum(across - first, _APART)  # columns that are walked together
+  rest = lax.rem(i, _APART * down)
+  row = sum((rest >= n * wide).astype(jnp.int32) for n in range(1, down))
+  return row, first + rest - row * wide
 
 
 def _of_block(column, t: Tiling):

@@ -47,13 +47,15 @@ class Tiling:
 
   Attributes:
     columns: a multiple of 8 up to 256 that divides 128, or a multiple of 64.
-    stages: slots of the ring.
+    stages: steps of 128 that the ring holds.
     snake: tiles walked along rows before the next column: reuse in L2.
     fresh: columns of one fresh accumulator; 0 for all of the tile's.
     warpgroups: that multiply, 1 to 3, 64 rows of a tile each. With three, two have
       products in the tensor cores' queue while one promotes, but fewer registers.
     together: steps that are waited for and multiplied at once, up to `stages`: in tiles
       so small that a step is mostly latency.
+    fetched: steps that are copied at once, into one slot, of a tile whose number of
+      steps, or of a thread block's part of them, it divides.
     cluster: thread blocks, 1 or 2, that fetch the rows of a once for all of them; their
       tiles lie side by side.
     split: thread blocks, 1 to 8, that take a part of a tile's contraction each, with
@@ -66,12 +68,17 @@ class Tiling:
   fresh: int = 0
   warpgroups: int = 2
   together: int = 1
+  fetched: int = 1
   cluster: int = 1
   split: int = 1
 
   @property
   def rows(self) -> int:
     return WARPGROUP_ROWS * self.warpgroups
+
+  @property
+  def slots(self) -> int:
+    return self.stages // self.fetched
 
   @property
   def registers(self) -> tuple[int, int]:
@@ -84,11 +91,16 @@ class Tiling:
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-  """What a tile of the output needs, as views of global memory for step k."""
+  """What a tile of the output needs, as views of global memory for step k.
+
+  Where F steps are fetched at once, those of operands and row scales are of F steps.
+  """
 
   steps: Any
-  operands: Callable[[Any], tuple[View, View]]  # a [rows, 128], b [columns, 128]
-  row_scales: Callable[[Any], View]  # [rows]
+  operands: Callable[
+    [Any], tuple[View, View]
+  ]  # a [rows, F * 128], b [columns, F * 128]
+  row_scales: Callable[[Any], View]  # [rows], or [F, rows]
   column_scales: Callable[[Any], Any]  # a View [columns], or scalars a granule each
   out: Any  # [rows, columns]
   rows: Any = None  # of the tile that hold data, None for all
@@ -135,6 +147,8 @@ def run(
   plain = not scale_each_column and sum_bits is None
   if t.split > 1 and not (plain and t.cluster == 1 and t.warpgroups <= 2):
     raise ValueError(f"only plain products of few rows are split: {t}")
+  if t.fetched > 1 and (t.together % t.fetched or t.stages % t.fetched or not plain):
+    raise ValueError(f"{t.fetched} steps are not fetched at once: {t}")
   if t.split > 1 and t.columns % (16 * t.split):
     raise ValueError(f"a block's part of the columns must be a multiple of 16: {t}")
   piece = _store_columns(t, out.dtype)
@@ -143,20 +157,20 @@ def run(
       f"an output of {out.shape[-1]} columns needs tiles of {piece}: {t}"
     )
 
-  # Inline instructions are not interpreted; several steps at once take 2 to 4% longer
-  # with them; sums in parts have tiles so large that no shared memory is left.
-  per_warp = interpret is None and t.together == 1 and not t.fresh
+  # Inline instructions are not interpreted; sums in parts have tiles so large that no
+  # shared memory is left.
+  per_warp = interpret is None and not t.fresh
   if per_warp:
-    barriers = functools.partial(PerWarp, t.stages, t.warpgroups, t.cluster, swizzle)
-    words = PerWarp.scratch(t.stages)
+    barriers = functools.partial(PerWarp, t.slots, t.warpgroups, t.cluster, swizzle)
+    words = PerWarp.scratch(t.slots)
   else:
-    barriers = functools.partial(PerThread, t.stages)
-    words = PerThread.scratch(t.stages, t.warpgroups, 4 if scale_each_column else 3)
+    barriers = functools.partial(PerThread, t.slots)
+    words = PerThread.scratch(t.slots, t.warpgroups, 4 if scale_each_column else 3)
 
   # Where each column has a scale, or sums are cut, that takes more registers than there
   # are. Of a single round the compiler makes no loop, and then waits for each product.
   # Blocks that split a tile have fewer steps than it.
-  in_rounds = per_warp and plain and t.split == 1 and t.stages <= 4
+  in_rounds = per_warp and plain and t.split == t.together == 1 and t.stages <= 4
   if in_rounds:
     in_rounds = steps is not None and steps > t.stages and steps % t.stages == 0
 
@@ -235,14 +249,15 @@ def _scratch(
   """Shared memory of one thread block."""
   columns = _store_columns(t, out_dtype)
   bytes_ = columns * jnp.dtype(out_dtype).itemsize
+  depth, several = t.fetched * BLOCK, (t.fetched,) if t.fetched > 1 else ()
   scratch = {
-    "a": swizzled((t.stages, t.rows, BLOCK), jnp.float8_e4m3fn, swizzle),
-    "b": swizzled((t.stages, t.columns, BLOCK), jnp.float8_e4m3fn, swizzle),
-    "sa": plgpu.SMEM((t.stages, t.rows), jnp.float32),
+    "a": swizzled((t.slots, t.rows, depth), jnp.float8_e4m3fn, swizzle),
+    "b": swizzled((t.slots, t.columns, depth), jnp.float8_e4m3fn, swizzle),
+    "sa": plgpu.SMEM((t.slots, *several, t.rows), jnp.float32),
     "out_smem": swizzled((t.warpgroups, 2, WARPGROUP_ROWS, columns), out_dtype, bytes_),
   }
   if scale_each_column:
-    scratch["sb"] = plgpu.SMEM((t.stages, t.columns), jnp.float32)
+    scratch["sb"] = plgpu.SMEM((t.slots, t.columns), jnp.float32)
   if t.split > 1:
     scratch |= Split.scratch(t.split, t.columns, t.warpgroups)
   return scratch
@@ -278,7 +293,7 @@ def _multiply_tiles(describe, tiles, ring, store, warpgroup, split):
     else:
       when = pl.when(warpgroup < work.busy)
       when(lambda: store(sums, out_tile=work.out.at[mine]))
-    return carry + work.steps
+    return carry + ring.fillings(work.steps)
 
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -317,8 +332,9 @@ def _copy_operands(describe, tiles, ring, scale_each_column):
             when = pl.when(work.busy == warpgroups)
             when(functools.partial(copy, step, warpgroups * WARPGROUP_ROWS))
 
-    ring.each_round(carry, 0, work.steps, copy_needed, None, unroll=False)
-    return carry + work.steps
+    fillings = ring.fillings(work.steps)
+    ring.each_round(carry, 0, fillings, copy_needed, None, unroll=False)
+    return carry + fillings
 
   each_tile = plgpu.nd_loop((tiles,), collective_axes="sm", init_carry=jnp.int32(0))
   ring.barriers.finish(each_tile(copy_tile))

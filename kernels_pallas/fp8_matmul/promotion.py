@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas.fp8_matmul.barriers import PerThread, PerWarp, Step
 
 WARPGROUP_ROWS = 64  # of a wgmma instruction
+_DEPTH = 128  # of the contraction, of a step
 _BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 _BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
@@ -34,58 +35,64 @@ class Ring:
   sum_bits: int | None = None  # that sums keep, None for all of FP32's
   whole_rounds: bool = False  # a tile's steps are a multiple of the slots
 
-  def step(self, first, k) -> Step:
-    """Step k of a tile whose step 0 has the number `first`."""
-    rounds = lax.div(first + k, self.t.stages)
-    slot = first + k - rounds * self.t.stages
-    return Step(k, first + k, slot, lax.rem(rounds, 2))
+  def fillings(self, steps):
+    """Of slots, by so many steps."""
+    return steps if self.t.fetched == 1 else lax.div(steps, self.t.fetched)
+
+  def step(self, first, n) -> Step:
+    """The n-th filling of a tile whose first one has the number `first`."""
+    rounds = lax.div(first + n, self.t.slots)
+    slot = first + n - rounds * self.t.slots
+    return Step(n * self.t.fetched, first + n, slot, lax.rem(rounds, 2))
 
   def each_round(self, first, start, stop, body, carry, unroll=True):
-    """`body(steps, carry)` for a tile's steps from `start` to `stop`.
+    """`body(steps, carry)` for the fillings of a tile from `start` to `stop`.
 
-    One step at a time, or in whole rounds all slots of the ring: then addresses are
-    known up to a constant, and a warp has a quarter fewer instructions.
+    One at a time, or in whole rounds all slots of the ring: then addresses are known up
+    to a constant, and a warp has a quarter fewer instructions.
     """
-    stages = self.t.stages
+    slots = self.t.slots
     if not (self.whole_rounds and unroll):
 
-      def one(k, carry):
-        return body([self.step(first, k)], carry)
+      def one(n, carry):
+        return body([self.step(first, n)], carry)
 
       return lax.fori_loop(start, stop, one, carry)
 
     def whole(i, carry):
-      odd, zero = lax.rem(lax.div(first, stages) + i, 2), self.barriers.zero()
+      odd, zero = lax.rem(lax.div(first, slots) + i, 2), self.barriers.zero()
       steps = []
-      for slot in range(stages):
-        k = i * stages + slot
+      for slot in range(slots):
+        k = i * slots + slot
         steps.append(Step(k, first + k, zero + slot, odd))
       return body(steps, carry)
 
-    rounds = lax.div(start, stages), lax.div(stop, stages)
+    rounds = lax.div(start, slots), lax.div(stop, slots)
     return lax.fori_loop(*rounds, whole, carry)
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """64 rows of one tile, whose step 0 is the ring's step `first`."""
+  """64 rows of one tile, whose first filling is the ring's of number `first`."""
 
   ring: Ring
   work: Any
   mine: Any
   first: Any
 
-  def scalars(self, step):
-    """The scales of a step's columns, where they are scalars in global memory."""
-    return tuple(self.work.column_scales(step.k)) if self.ring.sb is None else ()
+  def scalars(self, k):
+    """The scales of step k's columns, where they are scalars in global memory."""
+    return tuple(self.work.column_scales(k)) if self.ring.sb is None else ()
 
-  def row_scales(self, step):
-    return plgpu.load(self.ring.sa.at[step.slot, self.mine], layout=_BY_ROW)
+  def row_scales(self, step, part=0):
+    at = (step.slot, part) if self.ring.t.fetched > 1 else (step.slot,)
+    return plgpu.load(self.ring.sa.at[*at, self.mine], layout=_BY_ROW)
 
-  def start(self, acc, step, columns):
+  def start(self, acc, step, columns, part=0):
     """Queues 128 of the contraction on the tensor cores."""
-    a = self.ring.a.at[step.slot, self.mine]
-    b = self.ring.b.at[step.slot, columns]
+    depth = (pl.ds(part * _DEPTH, _DEPTH),) if self.ring.t.fetched > 1 else ()
+    a = self.ring.a.at[step.slot, self.mine, *depth]
+    b = self.ring.b.at[step.slot, columns, *depth]
     plgpu.wgmma(acc, a, b.transpose((1, 0)))
 
   def promote(self, product, step, scales, sums, at, last):
@@ -120,49 +127,54 @@ class Part:
     self.ring.each_round(self.first, done, steps, skip, None)
 
   def add_all(self, steps, sums):
-    """All steps: `together` at a time as far as they go, then one by one."""
-    count, done = self.ring.t.together, 0
+    """All steps: `together` at a time as far as they go, then filling by filling."""
+    ring, count, done = self.ring, self.ring.t.together, 0
     if count > 1:
-      rounds = lax.div(steps, count)
+      rounds, fillings = lax.div(steps, count), count // ring.t.fetched
 
       def ask(i):  # of the last step again after it
-        ks = [
-          jnp.clip(i * count + j, 0, jnp.maximum(steps - 1, 0)) for j in range(count)
-        ]
-        return [self.scalars(self.ring.step(self.first, k)) for k in ks]
+        last = jnp.maximum(steps - 1, 0)
+        return [self.scalars(jnp.clip(i * count + j, 0, last)) for j in range(count)]
 
       def add(i, carry):
         sums, scalars = carry
-        return self._add_together(i, sums, scalars), ask(i + 1)
+        filled = [ring.step(self.first, i * fillings + j) for j in range(fillings)]
+        return self._add_together(filled, scalars, sums), ask(i + 1)
 
       sums, _ = lax.fori_loop(0, rounds, add, (sums, ask(0)))
-      done = rounds * count
-    return self.ring.each_round(self.first, done, steps, self._add_round, sums)
+      done = ring.fillings(rounds * count)
+    steps = ring.fillings(steps)
+    return ring.each_round(self.first, done, steps, self._add_round, sums)
 
   def _add_round(self, steps, sums):
-    """Steps one after the other; their scalars are fetched before the first."""
-    scalars = [self.scalars(step) for step in steps]
-    for step, scale in zip(steps, scalars):
-      self.ring.barriers.wait(step)
-      sums = self._add_step(step, scale, sums)
+    """Fillings one after the other; their scalars are fetched before the first."""
+    each = range(self.ring.t.fetched)
+    scalars = [[self.scalars(step.k + j) for j in each] for step in steps]
+    for step, scales in zip(steps, scalars):
+      if len(each) > 1:
+        sums = self._add_together([step], scales, sums)
+      else:
+        self.ring.barriers.wait(step)
+        sums = self._add_step(step, *scales, sums)
     return sums
 
-  def _add_together(self, i, sums, scalars):
-    """`together` steps, each into an accumulator of its own, promoted in order."""
-    columns, count = self.ring.t.columns, self.ring.t.together
-    steps = [self.ring.step(self.first, i * count + j) for j in range(count)]
-    for step in steps:
-      self.ring.barriers.wait(step)
+  def _add_together(self, filled, scalars, sums):
+    """All steps of some fillings, each into an accumulator of its own, in order."""
+    ring, each = self.ring, range(self.ring.t.fetched)
+    parts = [(step, j) for step in filled for j in each]
 
     def multiply(*accumulators):
-      for acc, step in zip(accumulators, steps):
-        self.start(acc, step, pl.ds(0, columns))
-      scales = [self.row_scales(step) for step in steps]
+      for acc, (step, j) in zip(accumulators, parts):
+        if j == 0:
+          ring.barriers.wait(step)
+        self.start(acc, step, pl.ds(0, ring.t.columns), j)
+      scales = [self.row_scales(*part) for part in parts]
       return scales, [acc[...] for acc in accumulators]
 
-    scales, products = pl.run_scoped(multiply, *[_accumulator(columns)] * count)
-    for step, product, *scale in zip(steps, products, scales, scalars):
-      sums = self.promote(product, step, scale, sums, 0, True)
+    fresh = [_accumulator(ring.t.columns) for _ in parts]
+    scales, products = pl.run_scoped(multiply, *fresh)
+    for (step, j), product, *scale in zip(parts, products, scales, scalars):
+      sums = self.promote(product, step, scale, sums, 0, j == each[-1])
     return sums
 
   def _add_step(self, step, scalars, sums):

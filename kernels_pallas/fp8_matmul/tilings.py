@@ -157,6 +157,12 @@ def weight_gradient(i: int, j: int, tokens: int) -> Tiling:
   return found or _fastest(i, j, _WEIGHT_GRADIENT_COST)
 
 
+def of_steps(t: Tiling, steps: int) -> Tiling:
+  """The tiling for so many steps of a tile: copies take several where they are even."""
+  share, left = divmod(steps, t.split)
+  return dataclasses.replace(t, fetched=1 if left else math.gcd(t.fetched, share))
+
+
 def _fastest(
   rows: int,
   columns: int,
