@@ -231,20 +231,21 @@ def torch_queue(make_call, number):
 def medians(queues, calls, seconds, rounds, behind_work=False) -> dict[str, float]:
   """Median seconds of one call; contenders take turns of about `seconds`.
 
-  Each round begins with another one, so that none always follows the same. With
-  `behind_work` the host's launches do not count.
+  The clock follows the power of what ran before, so a turn begins with as many calls
+  that are not timed. With `behind_work` (where all follow the same) the host's launches
+  do not count.
   """
   times = {}
   for name, queue in queues.items():
     queue(3, False)  # the first takes longer to launch
     number = max(2, round(seconds / (queue(2, behind_work) / 2)))
     times[name] = (min(number, MOST) if behind_work else number, [])
-  names = list(queues)
-  for turn in range(rounds):
-    first = turn % len(names)
-    for name in names[first:] + names[:first]:
+  for _ in range(rounds):
+    for name, queue in queues.items():
       number, results = times[name]
-      results.append(queues[name](number, behind_work) / number / calls)
+      if not behind_work:
+        queue(number, False)
+      results.append(queue(number, behind_work) / number / calls)
   return {name: statistics.median(results) for name, (_, results) in times.items()}
 
 

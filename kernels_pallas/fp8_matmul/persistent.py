@@ -52,10 +52,10 @@ class Tiling:
     fresh: columns of one fresh accumulator; 0 for all of the tile's.
     warpgroups: that multiply, 1 to 3, 64 rows of a tile each. With three, two have
       products in the tensor cores' queue while one promotes, but fewer registers.
-    together: steps that are waited for and multiplied at once, up to `stages`: in tiles
-      so small that a step is mostly latency.
-    fetched: steps that are copied at once, into one slot, of a tile whose number of
-      steps, or of a thread block's part of them, it divides.
+    together: steps that are multiplied at once, up to `stages`: in tiles so small that
+      a step is mostly latency.
+    fetched: steps that one copy brings, into one slot of the ring. It divides the steps
+      of a tile, or of a thread block's part of it.
     cluster: thread blocks, 1 or 2, that fetch the rows of a once for all of them; their
       tiles lie side by side.
     split: thread blocks, 1 to 8, that take a part of a tile's contraction each, with
@@ -97,9 +97,7 @@ class Tile:
   """
 
   steps: Any
-  operands: Callable[
-    [Any], tuple[View, View]
-  ]  # a [rows, F * 128], b [columns, F * 128]
+  operands: Callable[[Any], tuple[View, View]]  # a [rows, 128 F], b [columns, 128 F]
   row_scales: Callable[[Any], View]  # [rows], or [F, rows]
   column_scales: Callable[[Any], Any]  # a View [columns], or scalars a granule each
   out: Any  # [rows, columns]
@@ -148,7 +146,8 @@ def run(
   if t.split > 1 and not (plain and t.cluster == 1 and t.warpgroups <= 2):
     raise ValueError(f"only plain products of few rows are split: {t}")
   if t.fetched > 1 and (t.together % t.fetched or t.stages % t.fetched or not plain):
-    raise ValueError(f"{t.fetched} steps are not fetched at once: {t}")
+    what = "its stages and the steps multiplied at once, of a plain product"
+    raise ValueError(f"{t.fetched} steps fetched at once must divide {what}: {t}")
   if t.split > 1 and t.columns % (16 * t.split):
     raise ValueError(f"a block's part of the columns must be a multiple of 16: {t}")
   piece = _store_columns(t, out.dtype)

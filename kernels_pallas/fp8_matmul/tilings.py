@@ -39,24 +39,27 @@ _WEIGHT_GRADIENT_COST = {_TALL_16: 1.0, _UNEVEN: 1.1, _SMALL: 1.15}
 # and groups need. What V3's shapes take was measured at M = 64 and 128 on an H100,
 # 2026-11-23; the narrowest and groups were not.
 _FEW_ROWS = [
-  Tiling(64, 12, 1, warpgroups=1, together=4),
-  Tiling(32, 16, 1, warpgroups=1, together=4),
-  Tiling(16, 16, 1, warpgroups=1, together=8),
+  Tiling(64, 12, 1, warpgroups=1, together=4, fetched=2),
+  Tiling(32, 16, 1, warpgroups=1, together=4, fetched=2),
+  Tiling(16, 16, 1, warpgroups=1, together=8, fetched=2),
 ]
 _FEW_ROWS_PAIR = [
-  Tiling(64, 7, 1, together=2),
-  Tiling(32, 9, 1, together=4),
+  Tiling(64, 6, 1, together=2, fetched=2),
+  Tiling(32, 8, 1, together=4, fetched=2),
   Tiling(16, 10, 1, together=5),
 ]
 # The same of a long contraction, which thread blocks may split: 7,168 was long enough,
 # 2,048 was not.
 _LONG = 4096
-_FEW_ROWS_LONG = [*_FEW_ROWS[:2], Tiling(32, 12, 1, warpgroups=1, together=4, split=2)]
+_FEW_ROWS_LONG = [
+  *_FEW_ROWS[:2],
+  Tiling(32, 12, 1, warpgroups=1, together=4, fetched=2, split=2),
+]
 _FEW_ROWS_PAIR_LONG = [
   Tiling(128, 4, 1, split=2),
-  Tiling(64, 7, 1, together=2, split=2),
-  Tiling(64, 12, 1, warpgroups=1, together=4, split=2),
-  Tiling(32, 12, 1, warpgroups=1, together=4, split=2),
+  Tiling(64, 6, 1, together=2, fetched=2, split=2),
+  Tiling(64, 12, 1, warpgroups=1, together=4, fetched=2, split=2),
+  Tiling(32, 12, 1, warpgroups=1, together=4, fetched=2, split=2),
 ]
 _ENOUGH_BLOCKS = 100  # 112 tiles of 64 columns were faster than 224 of 32
 

@@ -44,11 +44,11 @@ TILINGS = [
   Tiling(stages=4, warpgroups=3),
   Tiling(stages=4, warpgroups=3, cluster=2),
   Tiling(64, 7, together=3),
-  Tiling(64, 12, warpgroups=1, together=4),
-  Tiling(16, 16, warpgroups=1, together=8),
-  Tiling(32, 12, warpgroups=1, together=4, split=2),
+  Tiling(64, 12, warpgroups=1, together=4, fetched=2),
+  Tiling(16, 16, warpgroups=1, together=8, fetched=4),
+  Tiling(32, 12, warpgroups=1, together=4, fetched=2, split=2),
   Tiling(64, 12, warpgroups=1, together=4, split=4),
-  Tiling(64, 7, together=2, split=2),
+  Tiling(64, 6, together=2, fetched=2, split=2),
   Tiling(128, 4, split=2),
 ]
 # V3's (N, K), every one lowered.
@@ -165,6 +165,7 @@ def test_accumulation_in_14_bits_is_what_the_paper_measures():
   [
     ((130, 192, 320), Tiling(256, 2, fresh=128)),
     ((60, 48, 640), Tiling(16, 3, 1, warpgroups=1, together=2)),
+    ((60, 32, 704), Tiling(16, 4, 1, warpgroups=1, together=4, fetched=2)),
     ((320, 64, 320), Tiling(64, 2, warpgroups=3)),  # a whole tile and lower ones
   ],
   ids=str,

@@ -1,5 +1,7 @@
 """Which tiles the FP8 products take, that they cover the output, and bad ones."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +40,34 @@ def test_tilings_of_few_rows():
   few = Tiling(64, stages=2, together=3)
   with pytest.raises(ValueError, match="3 steps at once do not fit in 2 stages"):
     jax.eval_shape(lambda *a: gpu.multiply(*a, tiling=few), *forward_specs(8, 128, 128))
+
+
+def test_steps_are_fetched_together_where_they_are_even():
+  for t in (*tilings._FEW_ROWS, *tilings._FEW_ROWS_PAIR, *tilings._FEW_ROWS_PAIR_LONG):
+    assert t.together % t.fetched == t.stages % t.fetched == 0
+    for steps in (1, 2, 3, 4, 5, 12, 16, 18, 56):
+      found = tilings.of_steps(t, steps)
+      assert found == dataclasses.replace(t, fetched=found.fetched)
+      assert found.fetched == 1 or steps % (t.split * found.fetched) == 0
+    assert tilings.of_steps(t, 56) == t
+  for bad in (Tiling(64, 6, together=3, fetched=2), Tiling(64, 5, fetched=2)):
+    with pytest.raises(ValueError, match="2 steps fetched at once must divide"):
+      jax.eval_shape(
+        lambda *a, t=bad: gpu.multiply(*a, tiling=t), *forward_specs(64, 512, 512)
+      )
+
+
+@pytest.mark.parametrize("across", [3, 8, 33, 40])
+@pytest.mark.parametrize("down", [2, 4])
+def test_tiles_of_a_column_are_run_side_by_side(down, across):
+  tiles = jnp.arange(down * across)
+  row, column = map(np.asarray, gpu._side_by_side(tiles, down, across))
+  assert sorted(zip(row, column)) == [
+    (r, c) for r in range(down) for c in range(across)
+  ]
+  for c in range(across):
+    apart = np.diff(np.flatnonzero(column == c))
+    assert (apart == min(8, across - c // 8 * 8)).all()
 
 
 @pytest.mark.parametrize("rows", [1, 64, 128, 256])
