@@ -30,7 +30,7 @@ from kernels_pallas.hopper import traced_once
 
 _TMA_ROWS = 8  # a tile of TMA's; fewer rows than one are fine too
 _TMA_TOKENS = 128
-_APART = 8  # clusters: as many GPCs as take one in turn, 7 to 16 were as good
+_APART = 8  # clusters, of which most often one a GPC; 7 and 16 were as good
 
 
 def unsupported(n: int, k: int) -> str | None:

@@ -155,7 +155,7 @@ class Part:
         sums = self._add_together([step], scales, sums)
       else:
         self.ring.barriers.wait(step)
-        sums = self._add_step(step, *scales, sums)
+        sums = self._add_step(step, scales[0], sums)
     return sums
 
   def _add_together(self, filled, scalars, sums):
