@@ -14,8 +14,9 @@ W allow, so that each instruction left out counts. Hence barriers of our own
 (barriers.py), loops that turn once a round, and pairs of thread blocks that fetch their
 rows once.
 
-Of few rows moving the weights is what takes time; there several thread blocks may take
-a part of one tile's contraction each (split.py).
+Of few rows moving the weights is what takes time; there a copy brings more than 128 of
+the contraction, products start as copies arrive, and several thread blocks may take a
+part of one tile's contraction each (split.py).
 
 Left out: Blackwell.
 """
