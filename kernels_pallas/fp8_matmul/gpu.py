@@ -264,9 +264,10 @@ def _alone(t: Tiling, num_sms: int | None, interpret) -> Tiling:
 
 def _place(i, cut: tilings.Cut, across: int, t: Tiling):
   """First row, column / t.columns and busy warpgroups (None: all) of the i-th tile."""
-  row, column = plgpu.planar_snake(i, (max(cut.whole, 1), across), 0, t.snake)
   if t.split > 1 and cut.whole > 1:
     row, column = _side_by_side(i, cut.whole, across)
+  else:
+    row, column = plgpu.planar_snake(i, (max(cut.whole, 1), across), 0, t.snake)
   if not cut.lower:
     return row * t.rows, column, None
   whole_tiles = cut.whole * across

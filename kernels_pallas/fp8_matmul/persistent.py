@@ -34,11 +34,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.fp8_matmul.barriers import PerThread, PerWarp, View
-from kernels_pallas.fp8_matmul.promotion import WARPGROUP_ROWS, Part, Ring
+from kernels_pallas.fp8_matmul.promotion import BLOCK, WARPGROUP_ROWS, Part, Ring
 from kernels_pallas.fp8_matmul.split import Split
 from kernels_pallas.hopper import in_place, streaming_multiprocessors, swizzled
 
-BLOCK = 128  # of the contraction: one scale, one promotion
 _SCALES_AT_ONCE = 32  # of columns, so that they fit in registers beside the sums
 
 
@@ -55,8 +54,8 @@ class Tiling:
       products in the tensor cores' queue while one promotes, but fewer registers.
     together: steps that are multiplied at once, up to `stages`: in tiles so small that
       a step is mostly latency.
-    fetched: steps that one copy brings, into one slot of the ring. It divides the steps
-      of a tile, or of a thread block's part of it.
+    fetched: steps that one copy brings, into one slot of the ring; fewer where they do
+      not divide a tile's steps, or a thread block's part (tilings.of_steps).
     cluster: thread blocks, 1 or 2, that fetch the rows of a once for all of them; their
       tiles lie side by side.
     split: thread blocks, 1 to 8, that take a part of a tile's contraction each, with

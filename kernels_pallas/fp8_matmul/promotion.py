@@ -16,8 +16,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.fp8_matmul.barriers import PerThread, PerWarp, Step
 
+BLOCK = 128  # of the contraction: a step, one scale, one promotion
 WARPGROUP_ROWS = 64  # of a wgmma instruction
-_DEPTH = 128  # of the contraction, of a step
 _BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 _BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
@@ -90,7 +90,7 @@ class Part:
 
   def start(self, acc, step, columns, part=0):
     """Queues 128 of the contraction on the tensor cores."""
-    depth = (pl.ds(part * _DEPTH, _DEPTH),) if self.ring.t.fetched > 1 else ()
+    depth = (pl.ds(part * BLOCK, BLOCK),) if self.ring.t.fetched > 1 else ()
     a = self.ring.a.at[step.slot, self.mine, *depth]
     b = self.ring.b.at[step.slot, columns, *depth]
     plgpu.wgmma(acc, a, b.transpose((1, 0)))

@@ -165,7 +165,7 @@ def test_accumulation_in_14_bits_is_what_the_paper_measures():
   [
     ((130, 192, 320), Tiling(256, 2, fresh=128)),
     ((60, 48, 640), Tiling(16, 3, 1, warpgroups=1, together=2)),
-    ((60, 32, 704), Tiling(16, 4, 1, warpgroups=1, together=4, fetched=2)),
+    ((60, 48, 704), Tiling(16, 4, 1, warpgroups=1, together=4, fetched=2)),
     ((320, 64, 320), Tiling(64, 2, warpgroups=3)),  # a whole tile and lower ones
   ],
   ids=str,

@@ -43,7 +43,8 @@ def test_tilings_of_few_rows():
 
 
 def test_steps_are_fetched_together_where_they_are_even():
-  for t in (*tilings._FEW_ROWS, *tilings._FEW_ROWS_PAIR, *tilings._FEW_ROWS_PAIR_LONG):
+  few = tilings._FEW_ROWS + tilings._FEW_ROWS_PAIR
+  for t in few + tilings._FEW_ROWS_LONG + tilings._FEW_ROWS_PAIR_LONG:
     assert t.together % t.fetched == t.stages % t.fetched == 0
     for steps in (1, 2, 3, 4, 5, 12, 16, 18, 56):
       found = tilings.of_steps(t, steps)
@@ -113,16 +114,23 @@ def test_tables_of_blocks_are_not_split():
 @pytest.mark.parametrize(
   ("rows", "columns"), [(8, 2112), (64, 7168), (200, 2112), (4096, 7168), (8200, 640)]
 )
-@pytest.mark.parametrize("cluster", [1, 2])
-def test_tiles_cover_the_output_once(rows, columns, cluster):
-  tall = Tiling(stages=4, warpgroups=3, cluster=cluster)
-  units, across = -(-rows // 64), tilings.across(columns, tall)
-  assert 0 <= across * cluster * tall.columns - columns < cluster * tall.columns
-  for cut in (tilings.cut(rows, columns, tall), tilings.remainder(rows, tall)):
+@pytest.mark.parametrize(
+  "t",
+  [
+    Tiling(stages=4, warpgroups=3),
+    Tiling(stages=4, warpgroups=3, cluster=2),
+    Tiling(stages=4, warpgroups=1, split=2),
+  ],
+  ids=str,
+)
+def test_tiles_cover_the_output_once(rows, columns, t):
+  units, across = -(-rows // 64), tilings.across(columns, t)
+  assert 0 <= across * t.cluster * t.columns - columns < t.cluster * t.columns
+  for cut in (tilings.cut(rows, columns, t), tilings.remainder(rows, t)):
     tiles = jnp.arange((cut.whole + cut.lower) * across)
-    places = jax.vmap(lambda i, c=cut: gpu._place(i, c, across, tall))(tiles)
+    places = jax.vmap(lambda i, c=cut: gpu._place(i, c, across, t))(tiles)
     start, column, busy = (
-      np.full(tiles.size, tall.warpgroups) if place is None else np.asarray(place)
+      np.full(tiles.size, t.warpgroups) if place is None else np.asarray(place)
       for place in places
     )
     covered = np.zeros((units + 3, across), int)
