@@ -173,8 +173,12 @@ class Part:
 
     fresh = [_accumulator(ring.t.columns) for _ in parts]
     scales, products = pl.run_scoped(multiply, *fresh)
+    read = ring.sb is None  # with the products all that a slot has
+    if read:
+      for step in filled:
+        ring.barriers.release(step)
     for (step, j), product, *scale in zip(parts, products, scales, scalars):
-      sums = self.promote(product, step, scale, sums, 0, j == each[-1])
+      sums = self.promote(product, step, scale, sums, 0, not read and j == each[-1])
     return sums
 
   def _add_step(self, step, scalars, sums):

@@ -85,7 +85,7 @@ class Split:
 
   def share(self, work):
     """A tile of which this block takes its part of the steps."""
-    rank = lax.axis_index("block")
+    rank = _rank()
     first = lax.div(work.steps * rank, self.parts)
     last = lax.div(work.steps * (rank + 1), self.parts)
     return dataclasses.replace(
@@ -98,8 +98,7 @@ class Split:
 
   def own(self, out):
     """This block's columns of a tile of the output."""
-    start = lax.axis_index("block") * self.own_columns
-    return out.at[:, pl.ds(start, self.own_columns)]
+    return out.at[:, pl.ds(_rank() * self.own_columns, self.own_columns)]
 
   def add(self, sums: tuple[jax.Array, ...], warpgroup) -> jax.Array:
     """All blocks' sums of this block's columns, [64, columns / parts].
@@ -123,7 +122,7 @@ class Split:
     types = plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT
     types = *types, *[layout] * len(sums)
     run: Any = plgpu.inline_mgpu(arg_types=types, return_type=own)(exchange)
-    return run(received, self.arrived, jnp.int32(lax.axis_index("block")), *sums)
+    return run(received, self.arrived, _rank(), *sums)
 
   def _send(self, of_block, rank, received, arrived):
     """Each other block its groups, and its barrier their bytes."""
@@ -163,6 +162,19 @@ class Split:
           has_side_effects=True,
         )
         total[i] = [arith.addf(x, y) for x, y in zip(group, more)]
+
+
+def _rank():
+  """Of this thread block in its cluster; by its index in the grid it is a division."""
+
+  def inline(_):
+    ptx = "mov.u32 $0, %cluster_ctarank;"
+    rank = mgpu_utils.inline_ptx(ptx, result_types=int32())
+    return mgpu.FragmentedArray.splat(rank, (), is_signed=True)
+
+  scalar = plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), plgpu.Layout.WG_SPLAT)
+  run: Any = plgpu.inline_mgpu(return_type=scalar)(inline)
+  return run()
 
 
 def _pick(of_block, rank) -> list[list[ir.Value]]:
