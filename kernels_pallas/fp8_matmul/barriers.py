@@ -39,10 +39,15 @@ class View:
   at: tuple[Any, ...]
   shared: bool = False  # the same for all blocks of a cluster
 
-  def rows(self, count: int) -> "View":
-    """Its first rows; the dimension before the last."""
+  @property
+  def count(self) -> int:
+    """Its rows, the dimension before the last."""
+    return int(self.at[-2].size)
+
+  def rows(self, count: int, start: Any = 0) -> "View":
+    """So many of them from `start` on."""
     *outer, rows, last = self.at
-    at = (*outer, pl.ds(rows.start, count), last)
+    at = (*outer, pl.ds(rows.start + start, count), last)
     return dataclasses.replace(self, at=at)
 
 

@@ -60,6 +60,8 @@ class Tiling:
       tiles lie side by side.
     split: thread blocks, 1 to 8, that take a part of a tile's contraction each, with
       one or two warpgroups.
+    own_last: steps at the end of a split tile that each thread block multiplies for its
+      own columns instead, while sums travel.
   """
 
   columns: int = 128
@@ -71,6 +73,7 @@ class Tiling:
   fetched: int = 1
   cluster: int = 1
   split: int = 1
+  own_last: int = 0
 
   @property
   def rows(self) -> int:
@@ -103,6 +106,7 @@ class Tile:
   out: Any  # [rows, columns]
   rows: Any = None  # of the tile that hold data, None for all
   busy: Any = None  # the first warpgroups that have rows of it, None for all
+  last: Any = None  # a tile of the steps that follow, for a part of the columns
 
 
 def granule(columns: int) -> int:
@@ -177,7 +181,7 @@ def run(
     *refs, out_ref = refs
     split = None
     if t.split > 1:
-      split = Split(t.split, t.columns, t.warpgroups, received, arrived)
+      split = Split(t.split, t.columns, t.warpgroups, received, arrived, t.own_last)
       split.start()
     ring = Ring(
       t=t,
@@ -284,15 +288,21 @@ def _multiply_tiles(describe, tiles, ring, store, warpgroup, split):
       part.skip_all(steps, work.steps)
     if work.rows is not None:
       sums = _mask(sums, work.rows - warpgroup * WARPGROUP_ROWS)
+    fillings = ring.fillings(work.steps)
     if split:
       split.meet()
-      store((split.add(sums, warpgroup),), out_tile=split.own(work.out.at[mine]))
+      sums = (split.send(sums, warpgroup),)
+      if work.last is not None:
+        own = Part(ring, work.last, mine, carry + fillings)
+        sums = own.add_all(work.last.steps, sums)
+      sums = (split.receive(*sums, warpgroup),)
+      store(sums, out_tile=split.own(work.out.at[mine]))
     elif work.busy is None:
       store(sums, out_tile=work.out.at[mine])
     else:
       when = pl.when(warpgroup < work.busy)
       when(lambda: store(sums, out_tile=work.out.at[mine]))
-    return carry + ring.fillings(work.steps)
+    return carry + fillings
 
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -311,11 +321,14 @@ def _copy_operands(describe, tiles, ring, scale_each_column):
   def copy_tile(loop, carry):
     work = describe(loop.index[0])
 
-    def copy(step, rows):
+    def copy(step, rows, work=work):
       a, b = work.operands(step.k)
+      columns = ring.b.at[step.slot]
+      if b.count < t.columns:
+        columns = ring.b.at[step.slot, pl.ds(0, b.count)]
       copies = [
         (a.rows(rows), ring.a.at[step.slot, pl.ds(0, rows)]),
-        (b, ring.b.at[step.slot]),
+        (b, columns),
         (work.row_scales(step.k), ring.sa.at[step.slot]),
       ]
       if scale_each_column:
@@ -333,6 +346,14 @@ def _copy_operands(describe, tiles, ring, scale_each_column):
 
     fillings = ring.fillings(work.steps)
     ring.each_round(carry, 0, fillings, copy_needed, None, unroll=False)
+    if work.last is not None:
+
+      def copy_last(steps, _):
+        for step in steps:
+          copy(step, t.rows, work.last)
+
+      more = ring.fillings(work.last.steps)
+      ring.each_round(carry + fillings, 0, more, copy_last, None, unroll=False)
     return carry + fillings
 
   each_tile = plgpu.nd_loop((tiles,), collective_axes="sm", init_carry=jnp.int32(0))

@@ -161,17 +161,18 @@ class Part:
   def _add_together(self, filled, scalars, sums):
     """All steps of some fillings, each into an accumulator of its own, in order."""
     ring, each = self.ring, range(self.ring.t.fetched)
+    columns = sum(part.shape[1] for part in sums)
     parts = [(step, j) for step in filled for j in each]
 
     def multiply(*accumulators):
       for acc, (step, j) in zip(accumulators, parts):
         if j == 0:
           ring.barriers.wait(step)
-        self.start(acc, step, pl.ds(0, ring.t.columns), j)
+        self.start(acc, step, pl.ds(0, columns), j)
       scales = [self.row_scales(*part) for part in parts]
       return scales, [acc[...] for acc in accumulators]
 
-    fresh = [_accumulator(ring.t.columns) for _ in parts]
+    fresh = [_accumulator(columns) for _ in parts]
     scales, products = pl.run_scoped(multiply, *fresh)
     read = ring.sb is None  # with the products all that a slot has
     if read:
@@ -183,7 +184,7 @@ class Part:
 
   def _add_step(self, step, scalars, sums):
     """One step by itself, whose slot is filled: multiply, wait, promote."""
-    ring, columns = self.ring, self.ring.t.columns
+    ring, columns = self.ring, sum(part.shape[1] for part in sums)
     fresh = ring.t.fresh or columns
     sa = None
     for at in range(0, columns, fresh):

@@ -7,6 +7,10 @@ cluster take wider tiles and a part of the contraction each, and in the end a pa
 the columns: each sends the others its sums of their columns, in FP32, from registers
 into their shared memory.
 
+Sending them takes as long as they have bytes, some 10 a cycle and multiprocessor on an
+H100. So the last steps may be left out of the split: each block multiplies all of them
+for its own columns, while the sums of the others' travel, and fetches more rows for it.
+
 A thread's sums are those of the same rows and columns in each block, so they need no
 order but the threads'. A thread block has one tile, so nothing is received twice.
 """
@@ -31,6 +35,7 @@ _ROWS = 64  # of a warpgroup
 _THREADS = 128  # of a warpgroup
 _GROUP = 8  # neighbouring columns, of which a thread has two in two rows:
 _VALUES = 4
+_LAYOUT = plgpu.Layout.WGMMA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +48,7 @@ class Split:
     warpgroups: of a block that multiply.
     received: FP32, in shared memory, from the other blocks.
     arrived: a barrier's words there.
+    last: steps at a tile's end that each block multiplies for its own columns only.
   """
 
   parts: int
@@ -50,6 +56,7 @@ class Split:
   warpgroups: int
   received: Any
   arrived: Any
+  last: int = 0
 
   @staticmethod
   def scratch(parts: int, columns: int, warpgroups: int) -> dict[str, Any]:
@@ -84,45 +91,73 @@ class Split:
     plgpu.inline_mgpu()(lambda _: _emit("barrier.cluster.wait.aligned;"))()
 
   def share(self, work):
-    """A tile of which this block takes its part of the steps."""
-    rank = _rank()
-    first = lax.div(work.steps * rank, self.parts)
-    last = lax.div(work.steps * (rank + 1), self.parts)
-    return dataclasses.replace(
-      work,
-      steps=last - first,
+    """A tile of which this block takes its part of the steps, then its own columns."""
+    rank, start = _rank(), work.steps - self.last
+    first = lax.div(start * rank, self.parts)
+
+    def steps_from(first, count, **others):
+      return dataclasses.replace(
+        work,
+        steps=count,
+        row_scales=lambda k: work.row_scales(first + k),
+        column_scales=lambda k: work.column_scales(first + k),
+        **others,
+      )
+
+    def of_own(k):
+      a, b = work.operands(start + k)
+      return a, b.rows(self.own_columns, rank * self.own_columns)
+
+    own = steps_from(start, jnp.int32(self.last), operands=of_own)
+    return steps_from(
+      first,
+      lax.div(start * (rank + 1), self.parts) - first,
       operands=lambda k: work.operands(first + k),
-      row_scales=lambda k: work.row_scales(first + k),
-      column_scales=lambda k: work.column_scales(first + k),
+      last=own if self.last else None,
     )
 
   def own(self, out):
     """This block's columns of a tile of the output."""
     return out.at[:, pl.ds(_rank() * self.own_columns, self.own_columns)]
 
-  def add(self, sums: tuple[jax.Array, ...], warpgroup) -> jax.Array:
-    """All blocks' sums of this block's columns, [64, columns / parts].
+  def send(self, sums: tuple[jax.Array, ...], warpgroup) -> jax.Array:
+    """To each other block its columns; this block's own, [64, columns / parts].
 
-    `sums`: this block's, [64, columns] in pieces.
+    `sums`: this block's of all columns, [64, columns] in pieces.
     """
-    size = self.received.shape[0] // self.warpgroups
-    received = self.received.at[pl.ds(warpgroup * size, size)]
-    shape, layout = (_ROWS, self.own_columns), plgpu.Layout.WGMMA
-    own = plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.float32), layout)
+    own = plgpu.ShapeDtypeStruct(
+      (_ROWS, self.own_columns), jnp.dtype(jnp.float32), _LAYOUT
+    )
 
-    def exchange(_, received, arrived, rank, *sums):
+    def send(_, received, arrived, rank, *sums):
       groups = [group for x in sums for group in _by_group(x)]
       count, rank = len(groups) // self.parts, rank.registers.item()
       of_block = [groups[i : i + count] for i in range(0, len(groups), count)]
       self._send(of_block, rank, received, arrived)
-      total = _pick(of_block, rank)
-      self._receive(total, received, arrived)
-      return _of_groups(total, sums[0], shape)
+      return _of_groups(_pick(of_block, rank), sums[0], own.shape)
 
     types = plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT
-    types = *types, *[layout] * len(sums)
-    run: Any = plgpu.inline_mgpu(arg_types=types, return_type=own)(exchange)
-    return run(received, self.arrived, _rank(), *sums)
+    types = *types, *[_LAYOUT] * len(sums)
+    run: Any = plgpu.inline_mgpu(arg_types=types, return_type=own)(send)
+    return run(self._room(warpgroup), self.arrived, _rank(), *sums)
+
+  def receive(self, sums: jax.Array, warpgroup) -> jax.Array:
+    """All blocks' sums of this block's columns; `sums`: this one's."""
+
+    def receive(_, received, arrived, sums):
+      total = _by_group(sums)
+      self._receive(total, received, arrived)
+      return _of_groups(total, sums, sums.shape)
+
+    own = plgpu.ShapeDtypeStruct(sums.shape, sums.dtype, _LAYOUT)
+    types = plgpu.RefType(), plgpu.RefType(), _LAYOUT
+    run: Any = plgpu.inline_mgpu(arg_types=types, return_type=own)(receive)
+    return run(self._room(warpgroup), self.arrived, sums)
+
+  def _room(self, warpgroup):
+    """Of what a warpgroup receives."""
+    size = self.received.shape[0] // self.warpgroups
+    return self.received.at[pl.ds(warpgroup * size, size)]
 
   def _send(self, of_block, rank, received, arrived):
     """Each other block its groups, and its barrier their bytes."""

@@ -162,8 +162,12 @@ def weight_gradient(i: int, j: int, tokens: int) -> Tiling:
 
 def of_steps(t: Tiling, steps: int) -> Tiling:
   """The tiling for so many steps of a tile: copies take several where they are even."""
-  share, left = divmod(steps, t.split)
-  return dataclasses.replace(t, fetched=1 if left else math.gcd(t.fetched, share))
+  last = t.own_last if t.split > 1 and steps - t.own_last >= t.split else 0
+  share, left = divmod(steps - last, t.split)
+  if left:
+    return dataclasses.replace(t, fetched=1, own_last=last)
+  fetched = math.gcd(t.fetched, share, last)
+  return dataclasses.replace(t, fetched=fetched, own_last=last)
 
 
 def _fastest(
