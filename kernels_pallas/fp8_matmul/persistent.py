@@ -154,6 +154,8 @@ def run(
     raise ValueError(f"{t.fetched} steps fetched at once must divide {what}: {t}")
   if t.split > 1 and t.columns % (16 * t.split):
     raise ValueError(f"a block's part of the columns must be a multiple of 16: {t}")
+  if t.own_last and t.columns > granule(t.columns):  # they have a scale a granule
+    raise ValueError(f"a tile with steps of its blocks' own needs one scale: {t}")
   piece = _store_columns(t, out.dtype)
   if out.shape[-1] <= piece < t.columns:  # one piece's view has no coordinate for more
     raise ValueError(

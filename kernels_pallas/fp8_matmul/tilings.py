@@ -51,15 +51,15 @@ _FEW_ROWS_PAIR = [
 # The same of a long contraction, which thread blocks may split: 7,168 was long enough,
 # 2,048 was not.
 _LONG = 4096
-_FEW_ROWS_LONG = [
-  *_FEW_ROWS[:2],
-  Tiling(32, 12, 1, warpgroups=1, together=4, fetched=2, split=2),
+_SPLIT = [
+  Tiling(64, 12, 1, warpgroups=1, together=4, fetched=2, split=2, own_last=8),
+  Tiling(32, 12, 1, warpgroups=1, together=4, fetched=2, split=2, own_last=8),
 ]
+_FEW_ROWS_LONG = [_FEW_ROWS[0], *_SPLIT]
 _FEW_ROWS_PAIR_LONG = [
-  Tiling(128, 4, 1, split=2),
-  Tiling(64, 6, 1, together=2, fetched=2, split=2),
-  Tiling(64, 12, 1, warpgroups=1, together=4, fetched=2, split=2),
-  Tiling(32, 12, 1, warpgroups=1, together=4, fetched=2, split=2),
+  Tiling(128, 4, 1, together=2, fetched=2, split=2),
+  Tiling(64, 6, 1, together=2, fetched=2, split=2, own_last=4),
+  *_SPLIT,
 ]
 _ENOUGH_BLOCKS = 100  # 112 tiles of 64 columns were faster than 224 of 32
 

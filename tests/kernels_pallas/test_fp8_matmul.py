@@ -48,8 +48,11 @@ TILINGS = [
   Tiling(16, 16, warpgroups=1, together=8, fetched=4),
   Tiling(32, 12, warpgroups=1, together=4, fetched=2, split=2),
   Tiling(64, 12, warpgroups=1, together=4, split=4),
-  Tiling(64, 6, together=2, fetched=2, split=2),
+  Tiling(32, 12, warpgroups=1, together=4, fetched=2, split=2, own_last=2),
+  Tiling(64, 12, warpgroups=1, together=4, split=4, own_last=1),
+  Tiling(64, 6, together=2, fetched=2, split=2, own_last=4),
   Tiling(128, 4, split=2),
+  Tiling(128, 4, together=2, fetched=2, split=2),
 ]
 # V3's (N, K), every one lowered.
 V3_SHAPES = [

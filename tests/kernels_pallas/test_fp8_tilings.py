@@ -43,13 +43,17 @@ def test_tilings_of_few_rows():
 
 
 def test_steps_are_fetched_together_where_they_are_even():
+  """Those that thread blocks share and those of their own; of few, none are own."""
   few = tilings._FEW_ROWS + tilings._FEW_ROWS_PAIR
   for t in few + tilings._FEW_ROWS_LONG + tilings._FEW_ROWS_PAIR_LONG:
     assert t.together % t.fetched == t.stages % t.fetched == 0
     for steps in (1, 2, 3, 4, 5, 12, 16, 18, 56):
       found = tilings.of_steps(t, steps)
-      assert found == dataclasses.replace(t, fetched=found.fetched)
-      assert found.fetched == 1 or steps % (t.split * found.fetched) == 0
+      own = t.own_last if steps >= t.split + t.own_last else 0
+      assert found == dataclasses.replace(t, fetched=found.fetched, own_last=own)
+      if found.fetched > 1:
+        assert (steps - own) % (t.split * found.fetched) == own % found.fetched == 0
+    assert tilings.of_steps(gpu._alone(t, 120, None), 56).own_last == 0
     assert tilings.of_steps(t, 56) == t
   for bad in (Tiling(64, 6, together=3, fetched=2), Tiling(64, 5, fetched=2)):
     with pytest.raises(ValueError, match="2 steps fetched at once must divide"):
@@ -83,7 +87,7 @@ def test_long_contractions_of_few_rows_are_split(rows, n):
     assert alone.split == 1 == gpu._alone(t, None, plgpu.InterpretGPUParams()).split
   else:
     assert blocks >= 100
-  assert t.split == 1 or rows > 64 or n <= 2112
+  assert t.split == 1 or rows > 64 or n <= 4096
 
 
 @pytest.mark.parametrize(
@@ -92,6 +96,7 @@ def test_long_contractions_of_few_rows_are_split(rows, n):
     (Tiling(64, 4, split=2, cluster=2), "only plain products of few rows"),
     (Tiling(64, 4, split=2, warpgroups=3), "only plain products of few rows"),
     (Tiling(32, 8, split=4), "a block's part of the columns must be a multiple of 16"),
+    (Tiling(256, 2, split=2, own_last=1), "steps of its blocks' own needs one scale"),
   ],
 )
 def test_what_cannot_be_split(tiling, problem):
