@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith
@@ -65,3 +67,24 @@ def int32() -> ir.Type:
 
 def int32_constant(value: int) -> ir.Value:
   return arith.constant(int32(), value)
+
+
+def computed(emit: Callable[[], ir.Value]) -> jax.Array:
+  """The int32 that `emit()` writes instructions for."""
+
+  def inline(_):
+    return mgpu.FragmentedArray.splat(emit(), (), is_signed=True)
+
+  result = plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), plgpu.Layout.WG_SPLAT)
+  run: Any = plgpu.inline_mgpu(return_type=result)(inline)
+  return run()
+
+
+def zero_of_each_thread() -> jax.Array:
+  """0, of which the compiler does not know that all threads of a warp have it.
+
+  What is read at an address with it stays in the threads' registers. In a uniform one
+  it would be waited for as soon as it is asked for.
+  """
+  ptx = "{ .reg .b32 mask; mov.u32 mask, %lanemask_gt; and.b32 $0, mask, 1; }"
+  return computed(lambda: mgpu_utils.inline_ptx(ptx, result_types=int32()))

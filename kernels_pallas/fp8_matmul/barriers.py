@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith
 
-from kernels_pallas.hopper import int32, int32_constant, transforms
+from kernels_pallas.hopper import computed, int32, int32_constant, transforms
 
 _WARPS = 4  # of a warpgroup
 _WORDS = 2  # of 32 bits, of a barrier
@@ -169,7 +169,7 @@ class PerWarp:
     def warp():
       return arith.remui(mgpu_utils.warp_idx(), int32_constant(_WARPS))
 
-    return _computed(warp) == 0
+    return computed(warp) == 0
 
   def zero(self):
     """0, which the compiler learns in each round anew.
@@ -177,7 +177,7 @@ class PerWarp:
     So it keeps no address of a slot in registers over the rounds: they would not do.
     """
     zero = "mov.b32 $0, 0;"
-    return _computed(
+    return computed(
       lambda: mgpu_utils.inline_ptx(zero, result_types=int32(), has_side_effects=True)
     )
 
@@ -257,17 +257,6 @@ def _inline(emit: Callable[..., None], words, *scalars):
   types = (plgpu.RefType(), *(_SCALAR for _ in scalars))
   run: Any = plgpu.inline_mgpu(arg_types=types)(inline)
   run(words, *map(jnp.int32, scalars))
-
-
-def _computed(emit: Callable[[], Any]):
-  """The int32 that `emit()` writes instructions for."""
-
-  def inline(_):
-    return mgpu.FragmentedArray.splat(emit(), (), is_signed=True)
-
-  result = plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), _SCALAR)
-  run: Any = plgpu.inline_mgpu(return_type=result)(inline)
-  return run()
 
 
 def _emit(ptx: str, address, predicate=None):

@@ -26,7 +26,7 @@ from kernels_pallas.fp8_matmul.persistent import (
   granule,
   run,
 )
-from kernels_pallas.hopper import traced_once
+from kernels_pallas.hopper import traced_once, zero_of_each_thread
 
 _TMA_ROWS = 8  # a tile of TMA's; fewer rows than one are fine too
 _TMA_TOKENS = 128
@@ -119,6 +119,7 @@ def multiply_groups(
   def tile(i, *refs):
     *group_refs, a_ref, sa_ref, b_ref, sb_ref, c_ref = refs
     piece, group, filled, steps = 0, 0, None, pl.cdiv(depth, BLOCK)
+    zero = zero_of_each_thread() if form and interpret is None else 0
     if not form:
       start, column, busy = _place(i, cut, across, t)
     else:
@@ -145,7 +146,7 @@ def multiply_groups(
       starts = range(0, t.columns, width)
       blocks = [lax.div(column * t.columns + s, BLOCK) for s in starts]
       known = jnp.minimum(group, experts - 1)  # they are read ahead
-      return [sb_ref[known, jnp.minimum(n, last_scale), k] for n in blocks]
+      return [sb_ref[known, jnp.minimum(n, last_scale) + zero, k] for n in blocks]
 
     def row_scales(k):
       at_steps = k if t.fetched == 1 else pl.ds(k, t.fetched)

@@ -29,7 +29,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, vector
 
-from kernels_pallas.hopper import int32, int32_constant
+from kernels_pallas.hopper import computed, int32, int32_constant
 
 _ROWS = 64  # of a warpgroup
 _THREADS = 128  # of a warpgroup
@@ -201,15 +201,8 @@ class Split:
 
 def _rank():
   """Of this thread block in its cluster; by its index in the grid it is a division."""
-
-  def inline(_):
-    ptx = "mov.u32 $0, %cluster_ctarank;"
-    rank = mgpu_utils.inline_ptx(ptx, result_types=int32())
-    return mgpu.FragmentedArray.splat(rank, (), is_signed=True)
-
-  scalar = plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), plgpu.Layout.WG_SPLAT)
-  run: Any = plgpu.inline_mgpu(return_type=scalar)(inline)
-  return run()
+  ptx = "mov.u32 $0, %cluster_ctarank;"
+  return computed(lambda: mgpu_utils.inline_ptx(ptx, result_types=int32()))
 
 
 def _pick(of_block, rank) -> list[list[ir.Value]]:
