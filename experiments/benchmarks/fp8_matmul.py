@@ -21,6 +21,7 @@ launched while the device is busy (ahead.py), because the host takes as long as 
 """
 
 import argparse
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -37,7 +38,7 @@ from experiments.benchmarks.ahead import (
   torch_seconds_behind_work,
 )
 from kernels_pallas import fp8_matmul as op
-from kernels_pallas.fp8_matmul import gpu, reference
+from kernels_pallas.fp8_matmul import gpu, reference, tilings
 from kernels_pallas.fp8_matmul.persistent import Tiling
 
 # (N, K) of DeepSeek-V3's Linears.
@@ -306,23 +307,31 @@ def report(product, m, n, k, flags) -> float | None:
 
 
 def candidates(product, m, snakes):
-  """Tilings that fit in shared memory and are worth a try."""
-  if m <= 64:
-    few = [(64, 12, 4, 1), (32, 16, 4, 1), (16, 16, 8, 1), (128, 7, 2, 2)]
-    few += [(64, 12, 4, 2), (32, 12, 4, 2)]
-    return [Tiling(c, s, 1, warpgroups=1, together=n, split=p) for c, s, n, p in few]
-  if m <= SMALL_ROWS:
-    few = [(64, 7, 3, 1), (64, 7, 2, 1), (32, 9, 4, 1), (16, 10, 5, 1)]
-    few += [(128, 4, 1, 2), (64, 7, 2, 2), (32, 9, 2, 2)]
-    one = Tiling(64, 12, 1, warpgroups=1, together=4, split=2)
-    return [one, *(Tiling(c, s, 1, together=n, split=p) for c, s, n, p in few)]
+  """The tilings of the table, others that fit in shared memory and are worth a try."""
+  if product == "forward" and m <= SMALL_ROWS:
+    return _of_few_rows(m)
   sizes = [(128, 5, 0, 2), (192, 4, 0, 2), (128, 4, 0, 3)]
   sizes += [(192, 4, 64, 2)] if product == "dw" else [(256, 4, 128, 2)]
-  return [
+  others = [
     Tiling(columns, stages, snake, fresh, warpgroups)
     for columns, stages, fresh, warpgroups in sizes
     for snake in snakes
   ]
+  if product == "dw":
+    return others
+  pairs = [Tiling(128, 4, snake, warpgroups=3, cluster=2) for snake in snakes]
+  return list(dict.fromkeys([*tilings.known(m), *pairs, *others]))
+
+
+def _of_few_rows(m):
+  """Those of the table, with copies of one step and fewer or more steps left out of a
+  split, and whole contractions where it splits them."""
+  replace, found = dataclasses.replace, tilings.known(m)
+  for t in tilings.known(m):
+    found.append(replace(t, fetched=1))
+    found.append(replace(t, split=1, own_last=0))
+    found += [replace(t, own_last=n) for n in (0, 4, 8) if t.split > 1]
+  return list(dict.fromkeys(found))
 
 
 def retune(product, m, n, k, flags):

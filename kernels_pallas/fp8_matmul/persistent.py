@@ -55,13 +55,13 @@ class Tiling:
     together: steps that are multiplied at once, up to `stages`: in tiles so small that
       a step is mostly latency.
     fetched: steps that one copy brings, into one slot of the ring; fewer where they do
-      not divide a tile's steps, or a thread block's part (tilings.of_steps).
+      not divide a tile's steps, a thread block's part or its own (tilings.of_steps).
     cluster: thread blocks, 1 or 2, that fetch the rows of a once for all of them; their
       tiles lie side by side.
     split: thread blocks, 1 to 8, that take a part of a tile's contraction each, with
       one or two warpgroups.
     own_last: steps at the end of a split tile that each thread block multiplies for its
-      own columns instead, while sums travel.
+      own columns instead, while sums travel; none where a tile has too few.
   """
 
   columns: int = 128
@@ -144,6 +144,8 @@ def run(
 
   if t.together > t.stages:
     raise ValueError(f"{t.together} steps at once do not fit in {t.stages} stages: {t}")
+  if t.together > 1 and scale_each_column:
+    raise ValueError(f"steps at once need one scale for many columns: {t}")
   if t.cluster > 1 and (t.together > 1 or t.fresh):
     raise ValueError(f"clusters need steps one by one and whole sums: {t}")
   plain = not scale_each_column and sum_bits is None
@@ -325,12 +327,9 @@ def _copy_operands(describe, tiles, ring, scale_each_column):
 
     def copy(step, rows, work=work):
       a, b = work.operands(step.k)
-      columns = ring.b.at[step.slot]
-      if b.count < t.columns:
-        columns = ring.b.at[step.slot, pl.ds(0, b.count)]
       copies = [
         (a.rows(rows), ring.a.at[step.slot, pl.ds(0, rows)]),
-        (b, columns),
+        (b, ring.b.at[step.slot, pl.ds(0, b.count)]),
         (work.row_scales(step.k), ring.sa.at[step.slot]),
       ]
       if scale_each_column:

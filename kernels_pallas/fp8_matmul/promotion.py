@@ -96,7 +96,8 @@ class Part:
     plgpu.wgmma(acc, a, b.transpose((1, 0)))
 
   def promote(self, product, step, scales, sums, at, last):
-    """The sums from column `at` on, with a fresh product added; frees the slot."""
+    """The sums from column `at` on, with a fresh product added; the last one frees the
+    slot."""
     (sa, scalars), ring = scales, self.ring
     if last and ring.sb is None:
       ring.barriers.release(step)
@@ -174,12 +175,10 @@ class Part:
 
     fresh = [_accumulator(columns) for _ in parts]
     scales, products = pl.run_scoped(multiply, *fresh)
-    read = ring.sb is None  # with the products all that a slot has
-    if read:
-      for step in filled:
-        ring.barriers.release(step)
-    for (step, j), product, *scale in zip(parts, products, scales, scalars):
-      sums = self.promote(product, step, scale, sums, 0, not read and j == each[-1])
+    for step in filled:  # all that its slot has was read
+      ring.barriers.release(step)
+    for (step, _), product, *scale in zip(parts, products, scales, scalars):
+      sums = self.promote(product, step, scale, sums, 0, last=False)
     return sums
 
   def _add_step(self, step, scalars, sums):

@@ -160,8 +160,21 @@ def weight_gradient(i: int, j: int, tokens: int) -> Tiling:
   return found or _fastest(i, j, _WEIGHT_GRADIENT_COST)
 
 
+def known(rows: int) -> list[Tiling]:
+  """Every tiling that activations of so many rows times weights may get."""
+  if rows > _SMALL_ROWS:
+    return [*_FORWARD_COST, *FORWARD.values()]
+  if rows > WARPGROUP_ROWS:
+    return [*_FEW_ROWS_PAIR, *_FEW_ROWS_PAIR_LONG]
+  return [*_FEW_ROWS, *_FEW_ROWS_LONG]
+
+
 def of_steps(t: Tiling, steps: int) -> Tiling:
-  """The tiling for so many steps of a tile: copies take several where they are even."""
+  """The tiling for so many steps of a tile.
+
+  Copies take several where all that is copied is even; thread blocks that split a tile
+  have none of their own where they would not have one each to share.
+  """
   last = t.own_last if t.split > 1 and steps - t.own_last >= t.split else 0
   share, left = divmod(steps - last, t.split)
   if left:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from experiments.benchmarks import fp8_matmul as benchmark
 from kernels_pallas.fp8_matmul import gpu, tilings
 from kernels_pallas.fp8_matmul.persistent import Tiling
-from tests.kernels_pallas.test_fp8_matmul import forward_specs
+from tests.kernels_pallas.test_fp8_matmul import forward_specs, token_specs
 
 
 def test_table_of_tilings():
@@ -40,6 +41,20 @@ def test_tilings_of_few_rows():
   few = Tiling(64, stages=2, together=3)
   with pytest.raises(ValueError, match="3 steps at once do not fit in 2 stages"):
     jax.eval_shape(lambda *a: gpu.multiply(*a, tiling=few), *forward_specs(8, 128, 128))
+
+
+@pytest.mark.parametrize("m", [1, 64, 65, 128, 256, 4096, 8192])
+def test_a_retune_tries_what_the_table_has(m):
+  found = benchmark.candidates("forward", m, snakes=(4, 16))
+  gradients = benchmark.candidates("dw", m, snakes=(4, 16))
+  assert len(set(found)) == len(found) > len(tilings.known(m))
+  for n, k in benchmark.SHAPES:
+    assert tilings.forward(m, n, k) in found
+    assert tilings.weight_gradient(n, k, m) in gradients
+  for t in found if m in (64, 128, 4096) else []:
+    jax.eval_shape(
+      lambda *a, t=t: gpu.multiply(*a, tiling=t), *forward_specs(m, 512, 1280)
+    )
 
 
 def test_steps_are_fetched_together_where_they_are_even():
@@ -103,6 +118,14 @@ def test_what_cannot_be_split(tiling, problem):
   with pytest.raises(ValueError, match=problem):
     jax.eval_shape(
       lambda *a: gpu.multiply(*a, tiling=tiling), *forward_specs(64, 512, 512)
+    )
+
+
+def test_steps_at_once_need_one_scale():
+  specs = token_specs(128, 128, 256)
+  with pytest.raises(ValueError, match="steps at once need one scale"):
+    jax.eval_shape(
+      lambda *a: gpu.multiply_tokens(*a, tiling=Tiling(64, 4, together=2)), *specs
     )
 
 
