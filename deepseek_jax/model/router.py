@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import BalanceConfig, ModelConfig
 from deepseek_jax.model.layers import RouterBias, weight, widen
+from kernels_pallas.choose import target_platform
 
 
 class Router(nnx.Module):
@@ -33,7 +34,7 @@ class Router(nnx.Module):
   def __call__(self, x_MD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns scores [M, E], chosen experts [M, A] and their gates [M, A]."""
     logits_ME = jnp.matmul(
-      widen(x_MD), self.weight[...], precision=jax.lax.Precision.HIGHEST
+      widen(x_MD), self.weight[...], precision=_precision(x_MD.dtype)
     )
     if self.config.score_func == "sigmoid":
       scores_ME = jax.nn.sigmoid(logits_ME)
@@ -42,6 +43,18 @@ class Router(nnx.Module):
     bias_E = self.bias[...] if self.config.use_router_bias else None
     experts_MA = select_experts(scores_ME, bias_E, self.config)
     return scores_ME, experts_MA, gate_weights(scores_ME, experts_MA, self.config)
+
+
+def _precision(dtype: jnp.dtype) -> jax.lax.Precision | jax.lax.DotAlgorithmPreset:
+  """That of FP32 products of `dtype`, widened, and FP32.
+
+  A GPU multiplies FP32 outside its tensor cores. They take three BF16 terms of an FP32
+  value, which hold all of its bits; of products with a value that is BF16 none is left
+  out, of products of two FP32 values (tokens' gradient) those below 2^-24.
+  """
+  if target_platform() == "gpu" and dtype == jnp.bfloat16:
+    return jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X6
+  return jax.lax.Precision.HIGHEST
 
 
 def select_experts(
