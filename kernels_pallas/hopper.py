@@ -60,6 +60,25 @@ def transforms(dtype, bytes_: int) -> tuple[Any, Any]:
   )
 
 
+def store(sums, smem, out_tile, add):
+  """Casts and stores a warpgroup's sums through two slots of shared memory."""
+  columns = smem.shape[-1]
+  width = sums[0].shape[1]
+  pieces = len(sums) * width // columns
+  for i in range(pieces):
+    part, at = divmod(i * columns, width)
+    # The slot of the piece before may still be read. An odd number of pieces ends with
+    # the slot that the next tile begins with.
+    plgpu.wait_smem_to_gmem(0 if i == 0 and pieces % 2 else 1, wait_read_only=True)
+    smem[i % 2] = sums[part][:, at : at + columns].astype(smem.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(
+      smem.at[i % 2],
+      out_tile.at[:, i * columns : (i + 1) * columns],
+      reduction_op="add" if add else None,
+    )
+
+
 def int32() -> ir.Type:
   """Of a scalar in inline instructions."""
   return ir.IntegerType.get_signless(32)

@@ -17,7 +17,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.fp8_matmul import tilings
-from kernels_pallas.fp8_matmul.barriers import View
 from kernels_pallas.fp8_matmul.persistent import (
   BLOCK,
   WARPGROUP_ROWS,
@@ -27,6 +26,7 @@ from kernels_pallas.fp8_matmul.persistent import (
   run,
 )
 from kernels_pallas.hopper import traced_once, zero_of_each_thread
+from kernels_pallas.ring import View, of_block
 
 _TMA_ROWS = 8  # a tile of TMA's; fewer rows than one are fine too
 _TMA_TOKENS = 128
@@ -133,7 +133,7 @@ def multiply_groups(
     if form == 3:
       piece, start = 0, group_refs[0][1, row] * WARPGROUP_ROWS
       busy = group_refs[0][2, row]
-    column = _of_block(column, t)
+    column = of_block(column, t.cluster)
     at_rows = pl.ds(start, t.rows)
     at_columns = pl.ds(column * t.columns, t.columns)
 
@@ -217,7 +217,7 @@ def multiply_tokens(
     if span_refs:
       start = lax.div(span_refs[0][0, expert], BLOCK)
       steps = lax.div(span_refs[0][1, expert], BLOCK)
-    column = _of_block(column, t)
+    column = of_block(column, t.cluster)
     at_rows = pl.ds(row, t.rows)
     at_columns = pl.ds(column * t.columns, t.columns)
 
@@ -292,13 +292,6 @@ def _side_by_side(i, down: int, across: int):
   rest = lax.rem(i, _APART * down)
   row = sum((rest >= n * wide).astype(jnp.int32) for n in range(1, down))
   return row, first + rest - row * wide
-
-
-def _of_block(column, t: Tiling):
-  """Of the tiles that a cluster has side by side, this thread block's."""
-  if t.cluster == 1:
-    return column
-  return column * t.cluster + lax.axis_index("block")
 
 
 def _of_expert(i, experts: int, whole: int, lower: int):

@@ -11,7 +11,7 @@ keep the tensor cores busy.
 What bounds it on an H200 (Nsight Compute): with three warpgroups the tensor cores are
 busy 90 to 95% of the cycles and shared memory as much, and the clock falls to what 700
 W allow, so that each instruction left out counts. Hence barriers of our own
-(barriers.py), loops that turn once a round, and pairs of thread blocks that fetch their
+(../ring.py), loops that turn once a round, and pairs of thread blocks that fetch their
 rows once.
 
 Of few rows moving the weights is what takes time; there a copy brings more than 128 of
@@ -33,10 +33,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.fp8_matmul.barriers import PerThread, PerWarp, View
 from kernels_pallas.fp8_matmul.promotion import BLOCK, WARPGROUP_ROWS, Part, Ring
 from kernels_pallas.fp8_matmul.split import Split
-from kernels_pallas.hopper import in_place, streaming_multiprocessors, swizzled
+from kernels_pallas.hopper import in_place, store, streaming_multiprocessors, swizzled
+from kernels_pallas.ring import View, barriers
 
 _SCALES_AT_ONCE = 32  # of columns, so that they fit in registers beside the sums
 
@@ -167,12 +167,10 @@ def run(
   # Inline instructions are not interpreted; sums in parts have tiles so large that no
   # shared memory is left.
   per_warp = interpret is None and not t.fresh
-  if per_warp:
-    barriers = functools.partial(PerWarp, t.slots, t.warpgroups, t.cluster, swizzle)
-    words = PerWarp.scratch(t.slots)
-  else:
-    barriers = functools.partial(PerThread, t.slots)
-    words = PerThread.scratch(t.slots, t.warpgroups, 4 if scale_each_column else 3)
+  copies = 4 if scale_each_column else 3
+  make_barriers, words = barriers(
+    per_warp, t.slots, t.warpgroups, copies, t.cluster, swizzle
+  )
 
   # Where each column has a scale, or sums are cut, that takes more registers than there
   # are. Of a single round the compiler makes no loop, and then waits for each product.
@@ -190,7 +188,7 @@ def run(
     ring = Ring(
       t=t,
       sum_bits=sum_bits,
-      barriers=barriers(**words),
+      barriers=make_barriers(**words),
       whole_rounds=in_rounds,
       **slots,
     )
@@ -212,10 +210,10 @@ def run(
     @pl.when(warpgroup < t.warpgroups)
     def multiply():
       plgpu.set_max_registers(t.registers[1], action="increase")
-      store = functools.partial(
-        _store, smem=out_smem.at[warpgroup], add=add_to is not None
+      fill = functools.partial(
+        store, smem=out_smem.at[warpgroup], add=add_to is not None
       )
-      _multiply_tiles(describe, tiles, ring, store, warpgroup, split)
+      _multiply_tiles(describe, tiles, ring, fill, warpgroup, split)
 
     ring.barriers.stop()
 
@@ -270,7 +268,7 @@ def _scratch(
   return scratch
 
 
-def _multiply_tiles(describe, tiles, ring, store, warpgroup, split):
+def _multiply_tiles(describe, tiles, ring, fill, warpgroup, split):
   """One warpgroup's part: 64 rows of every tile of this thread block."""
   width = granule(ring.t.columns)
   if ring.sb is not None:
@@ -300,12 +298,12 @@ def _multiply_tiles(describe, tiles, ring, store, warpgroup, split):
         own = Part(ring, work.last, mine, carry + fillings)
         sums = own.add_all(work.last.steps, sums)
       sums = (split.receive(*sums, warpgroup),)
-      store(sums, out_tile=split.own(work.out.at[mine]))
+      fill(sums, out_tile=split.own(work.out.at[mine]))
     elif work.busy is None:
-      store(sums, out_tile=work.out.at[mine])
+      fill(sums, out_tile=work.out.at[mine])
     else:
       when = pl.when(warpgroup < work.busy)
-      when(lambda: store(sums, out_tile=work.out.at[mine]))
+      when(lambda: fill(sums, out_tile=work.out.at[mine]))
     return carry + fillings
 
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -359,25 +357,6 @@ def _copy_operands(describe, tiles, ring, scale_each_column):
 
   each_tile = plgpu.nd_loop((tiles,), collective_axes="sm", init_carry=jnp.int32(0))
   ring.barriers.finish(each_tile(copy_tile))
-
-
-def _store(sums, smem, out_tile, add):
-  """Casts and stores a warpgroup's sums through two slots of shared memory."""
-  columns = smem.shape[-1]
-  width = sums[0].shape[1]
-  pieces = len(sums) * width // columns
-  for i in range(pieces):
-    part, at = divmod(i * columns, width)
-    # The slot of the piece before may still be read. An odd number of pieces ends with
-    # the slot that the next tile begins with.
-    plgpu.wait_smem_to_gmem(0 if i == 0 and pieces % 2 else 1, wait_read_only=True)
-    smem[i % 2] = sums[part][:, at : at + columns].astype(smem.dtype)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(
-      smem.at[i % 2],
-      out_tile.at[:, i * columns : (i + 1) * columns],
-      reduction_op="add" if add else None,
-    )
 
 
 def _store_columns(t: Tiling, dtype) -> int:

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.fp8_matmul.barriers import PerThread, PerWarp, Step
+from kernels_pallas.ring import PerThread, PerWarp, Step
 
 BLOCK = 128  # of the contraction: a step, one scale, one promotion
 WARPGROUP_ROWS = 64  # of a wgmma instruction
@@ -41,9 +41,7 @@ class Ring:
 
   def step(self, first, n) -> Step:
     """The n-th filling of a tile whose first one has the number `first`."""
-    rounds = lax.div(first + n, self.t.slots)
-    slot = first + n - rounds * self.t.slots
-    return Step(n * self.t.fetched, first + n, slot, lax.rem(rounds, 2))
+    return Step.of_number(first + n, self.t.slots, n * self.t.fetched)
 
   def each_round(self, first, start, stop, body, carry, unroll=True):
     """`body(steps, carry)` for the fillings of a tile from `start` to `stop`.

@@ -1,14 +1,16 @@
-"""Barriers of the FP8 kernel's ring: a step's slot is filled, then free again.
+"""Barriers of a ring of slots in shared memory: a step's slot is filled, then free.
 
-Pallas's own barriers count every thread: a copy is an arrival of each thread of the
-warpgroup that issues it, a slot that was read one of each thread that has read it: with
-three copies and three warpgroups 768 for 128 of the contraction. They are `PerThread`.
-`PerWarp` keeps barriers of its own in shared memory, where one thread arrives for all
-copies of a step and one for each warp that has read. Only those reach the other thread
-block of a cluster without a fence of all memory.
+The matrix products on Hopper share them, FP8 and BF16. Pallas's own barriers count
+every thread: a copy is an arrival of each thread of the warpgroup that issues it, a
+slot that was read one of each thread that has read it: with three copies and three
+warpgroups 768 for 128 of the contraction. They are `PerThread`. `PerWarp` keeps
+barriers of its own in shared memory, where one thread arrives for all copies of a step
+and one for each warp that has read. Only those reach the other thread block of a
+cluster without a fence of all memory.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -63,6 +65,12 @@ class Step:
   number: Any
   slot: Any
   odd: Any
+
+  @staticmethod
+  def of_number(number, slots: int, k) -> "Step":
+    """That of the filling of this number."""
+    rounds = lax.div(number, slots)
+    return Step(k, number, number - rounds * slots, lax.rem(rounds, 2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,6 +254,22 @@ class PerWarp:
   def _layout(self, smem) -> tuple[Any, ...]:
     """Of a slot: operands are swizzled, scales are not."""
     return () if smem.dtype == jnp.float32 else transforms(smem.dtype, self.swizzle)
+
+
+def barriers(
+  per_warp: bool, slots: int, warpgroups: int, copies: int, cluster: int, swizzle: int
+) -> tuple[Callable[..., PerThread | PerWarp], dict[str, Any]]:
+  """What makes them of their scratch memory, and that; `copies` of each step."""
+  if per_warp:
+    make = functools.partial(PerWarp, slots, warpgroups, cluster, swizzle)
+    return make, PerWarp.scratch(slots)
+  make = functools.partial(PerThread, slots)
+  return make, PerThread.scratch(slots, warpgroups, copies)
+
+
+def of_block(place, cluster: int):
+  """Of the tiles that a cluster has side by side, this thread block's."""
+  return place if cluster == 1 else place * cluster + lax.axis_index("block")
 
 
 def _inline(emit: Callable[..., None], words, *scalars):
