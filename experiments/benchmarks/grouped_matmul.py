@@ -184,10 +184,12 @@ def tune(shape, args, flags):
   groups, rows, d, f = shape
   flop = 2 * groups * rows * d * f
   options = {
-    f"ours columns={c} stages={s} snake={n}": functools.partial(
-      ours, tiling=gpu.Tiling(columns=c, stages=s, snake=n)
+    f"ours columns={c} stages={s} snake={n} cluster={b}": functools.partial(
+      ours, tiling=gpu.Tiling(columns=c, stages=s, snake=n, cluster=b)
     )
-    for (c, s), n in itertools.product([(128, 6), (192, 4), (256, 4)], (1, 8, 16, 32))
+    for (c, s), n, b in itertools.product(
+      [(128, 6), (192, 4), (256, 4)], (2, 8, 16, 32), (1, 2)
+    )
   }
   options |= {
     f"pallas mgpu n={n} steps={s} grid={g}": functools.partial(

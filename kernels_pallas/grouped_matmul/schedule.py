@@ -5,6 +5,7 @@ Shapes: E groups, m blocks of rows, G groups of a fixed capacity.
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 BLOCK_ROWS = 128
 WARPGROUP_ROWS = 64
@@ -23,6 +24,43 @@ def contiguous(sizes_E: jax.Array, rows: int) -> jax.Array:
     method="compare_all",
   )
   return group_m.astype(jnp.int32)[None]
+
+
+def bands(sizes_E: jax.Array, rows: int, most: int) -> jax.Array:
+  """[3, m]: as `contiguous`, and the first block and the number of those of its band.
+
+  A band is what is multiplied by the same columns of a matrix before the next columns:
+  all blocks of a group, or an equal share of them, up to `most`, which is even. So a
+  group's matrix comes from memory once, or few times. Bands have an even number of
+  blocks, a group's last excepted. What follows the last group is a group E.
+  """
+  blocks = -(-rows // BLOCK_ROWS)
+  used_E = sizes_E.astype(jnp.int32) // BLOCK_ROWS
+  blocks_F = jnp.append(used_E, blocks - used_E.sum())
+  end_F = jnp.cumsum(blocks_F)
+  block_m = jnp.arange(blocks)
+  group_m = jnp.sum(end_F <= block_m[:, None], axis=1)
+  start_m, blocks_m = (end_F - blocks_F)[group_m], blocks_F[group_m]
+  bands_m = -(-blocks_m // most)
+  each_m = 2 * -(-blocks_m // (2 * bands_m))
+  before_m = (block_m - start_m) // each_m * each_m
+  count_m = jnp.minimum(each_m, blocks_m - before_m)
+  return jnp.stack([group_m, start_m + before_m, count_m]).astype(jnp.int32)
+
+
+def pair_in_band(i, count, across: int, second):
+  """Those of one of the i-th two tiles of a band, and whether both have one column.
+
+  They do, so that they need the same of the group's matrix; but of the last block of an
+  odd number two tiles lie side by side. `across` is even.
+  """
+  pairs = lax.div(count, 2)
+  down = jnp.maximum(pairs, 1)
+  beside = i - pairs * across
+  is_column = beside < 0
+  row = jnp.where(is_column, 2 * lax.rem(i, down) + second, count - 1)
+  column = jnp.where(is_column, lax.div(i, down), 2 * beside + second)
+  return row, column, is_column
 
 
 def tall(sizes_E: jax.Array, rows: int) -> jax.Array:

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import grouped_matmul as gm
 from kernels_pallas.choose import target_platform
-from kernels_pallas.grouped_matmul import gpu, tpu
+from kernels_pallas.grouped_matmul import gpu, schedule, tpu
 from tests import tpu_topology
 
 
@@ -132,6 +132,68 @@ def test_64_columns(impl):
   assert_products(value_and_gradients(impl, *args), *args, [jnp.bfloat16] * 3)
 
 
+# Blocks of a group: odd and even numbers, and more than a band holds.
+@pytest.mark.parametrize("units", [[3, 0, 2, 1, 5], [0, 37, 1, 0, 16]], ids=str)
+@pytest.mark.parametrize("columns", [1024, 768, 384])
+@pytest.mark.gpu
+@on("gpu")
+def test_pairs_of_thread_blocks(units, columns):
+  """Tiles across, an even number or not; of dw the last of a pair lies outside."""
+  x, w, sizes, dy = inputs(units, 3, 128, 384, columns, jnp.bfloat16)
+  used = int(sizes.sum())
+  x, dy = x.at[used:].set(jnp.nan), dy.at[used:].set(jnp.nan)
+
+  def products(**options):
+    return (
+      gpu.multiply(x, w, sizes, **options),
+      gpu.multiply(dy, w, sizes, transpose_w=True, **options),
+      gpu.multiply_rows(x, dy, sizes, jnp.bfloat16, **options),
+    )
+
+  got = products()
+  assert_products(got, x, w, sizes, dy, [jnp.bfloat16] * 3)
+  others = products(tiling=gpu.Tiling()), products(num_sms=8)
+  jax.tree.map(np.testing.assert_array_equal, (got, got), others)
+
+
+@pytest.mark.parametrize("units", [[3, 0, 2, 1, 5], [0, 37, 1, 0, 16], [0, 0]], ids=str)
+@pytest.mark.parametrize("most", [4, 16])
+def test_bands(units, most):
+  """Every tile once, alone and in pairs, which share a matrix's columns or a row."""
+  rest, across = 3, 6
+  blocks = sum(units) + rest
+  group = np.repeat(range(len(units) + 1), [*units, rest])
+  table = schedule.bands(jnp.asarray(units) * 128, 128 * blocks, most)
+  np.testing.assert_array_equal(table[0], group)
+  count_m = np.asarray(table[2])
+  assert (count_m <= most).all()
+  last = np.append(np.cumsum(units), blocks)[group] == np.asarray(table[1]) + count_m
+  assert ((count_m % 2 == 0) | last).all()
+
+  def places(cluster):
+    i = jnp.arange(blocks * across // cluster)
+    _, first, count = table[:, i * cluster // across]
+    i = i - first * across // cluster
+    if cluster == 1:
+      return [(first + i % count, i // count)], None
+    pairs = [schedule.pair_in_band(i, count, across, second) for second in (0, 1)]
+    return [(first + row, column) for row, column, _ in pairs], pairs[0][2]
+
+  def times_seen(tiles):
+    seen = np.zeros((blocks, across), int)
+    for row, column in tiles:
+      np.add.at(seen, (np.asarray(row), np.asarray(column)), 1)
+    return seen
+
+  assert (times_seen(places(1)[0]) == 1).all()
+  pair, is_column = places(2)
+  assert (times_seen(pair) == 1).all()
+  (row, column), (other_row, other_column) = pair
+  np.testing.assert_array_equal(group[row], group[other_row])
+  np.testing.assert_array_equal(column == other_column, is_column)
+  np.testing.assert_array_equal(row == other_row, ~is_column)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_dw_in_fp32_keeps_what_bf16_rounds_away(impl):
   d, f = dims(impl)
@@ -173,14 +235,15 @@ def test_group_sizes_are_run_time_values():
 @pytest.mark.parametrize("module", [gpu, tpu], ids=["gpu", "tpu"])
 def test_kernels_interpreted(module):
   """The kernels' own logic on any machine: empty groups, NaN padding, column tiles
-  that reach past the edge of the GPU's 256."""
+  that reach past the edge of the GPU's 256, a group of two bands."""
   interpret = plgpu.InterpretGPUParams() if module is gpu else True
   d, f = (128, 320) if module is gpu else (128, 384)
-  x, w, sizes, dy = inputs([0, 1, 0, 2, 0], 1, 128, d, f, jnp.bfloat16)
+  options = {"tiling": gpu.Tiling(snake=2)} if module is gpu else {}
+  x, w, sizes, dy = inputs([0, 1, 0, 3, 0], 1, 128, d, f, jnp.bfloat16)
   used = int(sizes.sum())
   x, dy = x.at[used:].set(jnp.nan), dy.at[used:].set(jnp.nan)
   got = (
-    module.multiply(x, w, sizes, interpret=interpret),
+    module.multiply(x, w, sizes, interpret=interpret, **options),
     module.multiply(dy, w, sizes, transpose_w=True, interpret=interpret),
     module.multiply_rows(x, dy, sizes, jnp.float32, interpret=interpret),
   )
