@@ -33,9 +33,7 @@ class Router(nnx.Module):
 
   def __call__(self, x_MD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns scores [M, E], chosen experts [M, A] and their gates [M, A]."""
-    logits_ME = jnp.matmul(
-      widen(x_MD), self.weight[...], precision=_precision(x_MD.dtype)
-    )
+    logits_ME = logits(x_MD, self.weight[...])
     if self.config.score_func == "sigmoid":
       scores_ME = jax.nn.sigmoid(logits_ME)
     else:
@@ -45,16 +43,17 @@ class Router(nnx.Module):
     return scores_ME, experts_MA, gate_weights(scores_ME, experts_MA, self.config)
 
 
-def _precision(dtype: jnp.dtype) -> jax.lax.Precision | jax.lax.DotAlgorithmPreset:
-  """That of FP32 products of `dtype`, widened, and FP32.
+def logits(x_MD: jax.Array, weight_DE: jax.Array) -> jax.Array:
+  """FP32 products [M, E] of tokens, of any dtype, and the router's FP32 weight.
 
   A GPU multiplies FP32 outside its tensor cores. They take three BF16 terms of an FP32
-  value, which hold all of its bits; of products with a value that is BF16 none is left
-  out, of products of two FP32 values (tokens' gradient) those below 2^-24.
+  value, which hold all of its bits; of products with tokens in BF16 none is left out,
+  of those of two FP32 values (tokens' gradient) the ones below 2^-24.
   """
-  if target_platform() == "gpu" and dtype == jnp.bfloat16:
-    return jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X6
-  return jax.lax.Precision.HIGHEST
+  precision = jax.lax.Precision.HIGHEST
+  if target_platform() == "gpu" and x_MD.dtype == jnp.bfloat16:
+    precision = jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X6
+  return jnp.matmul(widen(x_MD), weight_DE, precision=precision)
 
 
 def select_experts(

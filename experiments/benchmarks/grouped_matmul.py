@@ -1,6 +1,6 @@
 """Times the grouped matrix product on one GPU, beside JAX's own ways to do it.
 
-    python -m experiments.benchmarks.grouped_matmul [--tune] [--tiny]
+    python -m experiments.benchmarks.grouped_matmul [--tune | --many] [--tiny]
 
 For each shape and product (forward, dx, dw) it checks values against FP32 products of
 the first, a middle and the last group, then prints medians:
@@ -13,6 +13,8 @@ the first, a middle and the last group, then prints medians:
 A time is the median over runs of `--calls` calls queued at once, divided by their
 number. Groups are equal, so that the einsum does the same work. An implementation that
 fails prints its error and the others go on.
+
+`--many` times our kernels with 256 groups, equal and uneven ones, in turns.
 """
 
 import argparse
@@ -23,8 +25,11 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from experiments.benchmarks.fp8_matmul import jax_queues, medians
+from experiments.benchmarks.grouped_matmul_fp8 import uneven
 from kernels_pallas.grouped_matmul import gpu
 
 # Groups, rows of each, D, F.
@@ -36,6 +41,7 @@ SHAPES = [
   (4, 8192, 4096, 7168),
   (4, 8192, 7168, 2048),
 ]
+MANY = [(256, 128, 4096, 7168), (256, 128, 7168, 2048)]
 TINY = [(4, 256, 256, 512)]
 PRODUCTS = ("forward", "dx", "dw")
 MGPU_BLOCKS = {"block_m": 128, "block_n": 128, "block_k": 64}
@@ -100,6 +106,9 @@ CONTENDERS = {
 }
 
 
+PEERS = ("einsum", "lax")
+
+
 def make_inputs(groups, rows, d, f):
   keys = jax.random.split(jax.random.key(0), 3)
   x = jax.random.normal(keys[0], (groups * rows, d), jnp.bfloat16)
@@ -109,29 +118,33 @@ def make_inputs(groups, rows, d, f):
 
 
 def worst_error(product, got, x, w, dy, s) -> float:
-  """Largest error of three groups, as a share of the bound that a test would set.
+  """Largest error of four groups, as a share of the bound that a test would set.
+
+  They are the first, a middle, the last and the largest one.
 
   The bound of an element is what FP32 accumulation and one rounding to BF16 allow;
   see tests/kernels_pallas/test_grouped_matmul.py. The FP32 products it is held
   against err themselves, hence twice the accumulation's share.
   """
-  groups = s.shape[0]
-  rows = x.shape[0] // groups
+  groups, sizes = s.shape[0], np.asarray(s)
+  ends = np.cumsum(sizes)
   exact = functools.partial(jnp.einsum, precision="highest")
   worst = 0.0
-  for e in sorted({0, groups // 2, groups - 1}):
-    mine = slice(e * rows, (e + 1) * rows)
+  for e in sorted({0, groups // 2, groups - 1, int(sizes.argmax())}):
+    mine = slice(ends[e] - sizes[e], ends[e])
     a, b, equation = {
       "forward": (x[mine], w[e], "zd,df->zf"),
       "dx": (dy[mine], w[e], "zf,df->zd"),
       "dw": (x[mine], dy[mine], "zd,zf->df"),
     }[product]
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    terms = rows if product == "dw" else a.shape[1]
+    terms = sizes[e] if product == "dw" else a.shape[1]
     want, magnitude = exact(equation, a, b), exact(equation, abs(a), abs(b))
     part = (got[e] if product == "dw" else got[mine]).astype(jnp.float32)
     bound = 2 * terms * 2.0**-24 * magnitude + 2.0**-8 * abs(want)
-    share = jnp.max(abs(part - want) / bound)
+    # Of an empty group nothing is left, or zeros that have no bound.
+    share = jnp.where((part == want), 0.0, abs(part - want) / bound)
+    share = jnp.max(share, initial=0.0)
     worst = max(worst, float(jnp.where(jnp.isnan(share), jnp.inf, share)))
   return worst
 
@@ -160,23 +173,45 @@ def report(shape, args, flags):
   flop = 2 * groups * rows * d * f
   for product in PRODUCTS:
     print(f"\n{product}: {groups} groups x {rows} rows, D={d}, F={f}", flush=True)
-    ceiling, lines = None, []
+    times, lines = {}, []
     for name, make in CONTENDERS.items():
       try:
         time_s, error = measure(make, product, args, flags)
       except Exception as problem:
         print(f"  {name:12s} failed: {type(problem).__name__}: {str(problem)[:300]}")
         continue
-      ceiling = time_s if name == "einsum" else ceiling
+      times[name] = time_s
       lines.append((name, time_s, error))
     for name, time_s, error in lines:
-      ratio = f"{ceiling / time_s:5.2f} of einsum" if ceiling else ""
+      ratio = " ".join(
+        f"{times[peer] / time_s:5.2f} of {peer}" for peer in PEERS if peer in times
+      )
       verdict = "" if error <= 1 else "   WRONG"
       print(
         f"  {name:12s} {time_s * 1e3:9.3f} ms {flop / time_s / 1e12:7.1f} TFLOP/s "
         f"{ratio}   error {error:.2f} of its bound{verdict}",
         flush=True,
       )
+
+
+def report_many(shape, args, flags):
+  """Equal groups beside uneven ones; some of these are empty."""
+  groups, rows, d, f = shape
+  x, w, dy, equal = args
+  sizes = {"equal": equal, "uneven": uneven(groups * rows, groups)}
+  for product in PRODUCTS:
+    function, queues = jax.jit(ours(product)), {}
+    print(f"\n{product}: {groups} groups of {rows} rows in the mean, D={d}, F={f}")
+    for name, s in sizes.items():
+      error = worst_error(product, function(x, w, dy, s), x, w, dy, s)
+      verdict = "" if error <= 1 else "   WRONG"
+      print(f"  {name:12s} error {error:.2f} of its bound{verdict}", flush=True)
+      queues |= jax_queues({name: function}, [(x, w, dy, s)])
+    times = medians(queues, 1, 0.05, flags.runs)
+    for name, time_s in times.items():
+      rate = 2 * groups * rows * d * f / time_s / 1e12
+      ratio = f"{times['equal'] / time_s:5.2f} of equal"
+      print(f"  {name:12s} {time_s * 1e3:9.3f} ms {rate:7.1f} TFLOP/s {ratio}")
 
 
 def tune(shape, args, flags):
@@ -214,6 +249,7 @@ def tune(shape, args, flags):
 def main():
   parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
   parser.add_argument("--tune", action="store_true", help="sweep tile sizes instead")
+  parser.add_argument("--many", action="store_true", help="256 groups, equal or not")
   parser.add_argument("--tiny", action="store_true", help="one small shape")
   parser.add_argument("--shape", type=int, help="only the shape of this index")
   parser.add_argument("--runs", type=int, default=20, help="runs behind a median")
@@ -221,9 +257,10 @@ def main():
   flags = parser.parse_args()
   device = jax.devices()[0]
   print(f"jax {jax.__version__}, {device.device_kind}, {flags.runs} runs")
-  shapes = TINY if flags.tiny else SHAPES
+  run = tune if flags.tune else report_many if flags.many else report
+  shapes = TINY if flags.tiny else MANY if flags.many else SHAPES
   for shape in shapes if flags.shape is None else [shapes[flags.shape]]:
-    (tune if flags.tune else report)(shape, make_inputs(*shape), flags)
+    run(shape, make_inputs(*shape), flags)
 
 
 if __name__ == "__main__":
