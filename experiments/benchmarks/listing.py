@@ -1,4 +1,4 @@
-"""What NVIDIA's assembler says of the FP8 products' kernels; nothing is run or timed.
+"""What NVIDIA's assembler says of the products' kernels; nothing is run or timed.
 
     python -m experiments.benchmarks.listing [--target h200.txtpb] [--kernels dw]
 
@@ -14,6 +14,7 @@ process of its own, because Mosaic GPU writes what it makes to the standard outp
 """
 
 import argparse
+import functools
 import glob
 import importlib.util
 import os
@@ -30,6 +31,7 @@ import jax.numpy as jnp
 
 from experiments.benchmarks.fp8_matmul import SHAPES
 from kernels_pallas.fp8_matmul import gpu
+from kernels_pallas.grouped_matmul import gpu as gpu_bf16
 from kernels_pallas.grouped_matmul import gpu_fp8
 
 TOKENS = 4096
@@ -57,6 +59,20 @@ def token_specs(m, n, k):
   return spec(n, m), scales(m_, n), spec(k, m), scales(m_, k)
 
 
+def bf16_kernels(groups, rows, d, f) -> dict:
+  """The three products of experts in BF16."""
+  x, dy = (spec(rows, width, dtype=jnp.bfloat16) for width in (d, f))
+  w, sizes = spec(groups, d, f, dtype=jnp.bfloat16), spec(groups, dtype=jnp.int32)
+  dx = functools.partial(gpu_bf16.multiply, transpose_w=True)
+  dw = functools.partial(gpu_bf16.multiply_rows, dtype=jnp.bfloat16)
+  name = f"{groups} BF16 groups"
+  return {
+    f"{name} {d},{f}": (gpu_bf16.multiply, (x, w, sizes)),
+    f"{name} dx {d},{f}": (dx, (dy, w, sizes)),
+    f"{name} dw {d},{f}": (dw, (x, dy, sizes)),
+  }
+
+
 def kernels() -> dict:
   """By name, a function and what it is traced with."""
   found = {}
@@ -73,6 +89,7 @@ def kernels() -> dict:
       found[f"{e} groups {n},{k}"] = gpu_fp8.multiply, args
       args = (*token_specs(rows, n, k), sizes)
       found[f"{e} groups dw {n},{k}"] = gpu_fp8.multiply_rows, args
+      found |= bf16_kernels(e, rows, k, n)
   return found
 
 
