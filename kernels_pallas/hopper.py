@@ -36,6 +36,58 @@ def in_place(kernel: Callable[[Any], None], state: Any) -> Any:
   return pl.run_state(kernel)(state)
 
 
+def persistent(
+  body: Callable[..., None],
+  scratch: dict[str, Any],
+  name: str,
+  out: jax.ShapeDtypeStruct,
+  add_to: jax.Array | None,
+  *,
+  clusters: int,
+  blocks: int,
+  warpgroups: int,
+  interpret,
+) -> Callable[..., jax.Array]:
+  """A function of operands that runs `body(*operands, out, **scratch)`.
+
+  Args:
+    body: what a thread block does, with references; it fills `out`.
+    scratch: its shared memory and barriers.
+    name: the kernel's.
+    out: of a new array.
+    add_to: an array that `body` gets as `out` instead, to be added to in place.
+    clusters: how many, an axis "sm".
+    blocks: thread blocks of each; an axis "block" where there are several.
+    warpgroups: of a thread block, an axis "warpgroup".
+    interpret: None for a GPU.
+  """
+
+  def scoped(*refs):
+    run = functools.partial(body, *refs)
+    pl.run_scoped(run, collective_axes="warpgroup", **scratch)
+
+  mesh = plgpu.Mesh(
+    grid=(clusters,),
+    grid_names=("sm",),
+    cluster=(blocks,) if blocks > 1 else (),
+    cluster_names=("block",) if blocks > 1 else (),
+    num_threads=warpgroups,
+    thread_name="warpgroup",
+  )
+  kernel: Any = functools.partial(
+    pl.kernel,
+    mesh=mesh,
+    compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+    interpret=interpret,
+    name=name,
+  )
+  if add_to is None:
+    return lambda *operands: kernel(scoped, out_type=(out,))(*operands)[0]
+
+  add = kernel(scoped, out_type=())
+  return lambda *operands: in_place(lambda sums: add(*operands, sums), add_to)
+
+
 def streaming_multiprocessors() -> int:
   """Of the GPU that this is traced for; of an H100 when that is not known."""
   device = jax.sharding.get_abstract_mesh().abstract_device

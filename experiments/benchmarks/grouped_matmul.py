@@ -3,7 +3,7 @@
     python -m experiments.benchmarks.grouped_matmul [--tune | --many] [--tiny]
 
 For each shape and product (forward, dx, dw) it checks values against FP32 products of
-the first, a middle and the last group, then prints medians:
+the first, a middle, the last and the largest group, then prints medians:
 
   ours          kernels_pallas.grouped_matmul, impl='gpu'
   pallas mgpu   ragged_dot_mgpu / transposed_ragged_dot_mgpu, which ship with JAX
@@ -104,8 +104,6 @@ CONTENDERS = {
   "einsum": einsum,
   "lax": lax_ragged,
 }
-
-
 PEERS = ("einsum", "lax")
 
 
@@ -248,8 +246,9 @@ def tune(shape, args, flags):
 
 def main():
   parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-  parser.add_argument("--tune", action="store_true", help="sweep tile sizes instead")
-  parser.add_argument("--many", action="store_true", help="256 groups, equal or not")
+  mode = parser.add_mutually_exclusive_group()
+  mode.add_argument("--tune", action="store_true", help="sweep tile sizes instead")
+  mode.add_argument("--many", action="store_true", help="256 groups, equal or not")
   parser.add_argument("--tiny", action="store_true", help="one small shape")
   parser.add_argument("--shape", type=int, help="only the shape of this index")
   parser.add_argument("--runs", type=int, default=20, help="runs behind a median")

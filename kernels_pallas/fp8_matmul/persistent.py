@@ -35,7 +35,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.fp8_matmul.promotion import BLOCK, WARPGROUP_ROWS, Part, Ring
 from kernels_pallas.fp8_matmul.split import Split
-from kernels_pallas.hopper import in_place, store, streaming_multiprocessors, swizzled
+from kernels_pallas.hopper import (
+  persistent,
+  store,
+  streaming_multiprocessors,
+  swizzled,
+)
 from kernels_pallas.ring import View, barriers
 
 _SCALES_AT_ONCE = 32  # of columns, so that they fit in registers beside the sums
@@ -218,34 +223,18 @@ def run(
     ring.barriers.stop()
 
   sms = num_sms or (streaming_multiprocessors() if interpret is None else 2)
-  blocks = t.cluster * t.split  # of a cluster, which has one tile if it splits it
-  mesh = plgpu.Mesh(
-    grid=(tiles if t.split > 1 else sms // t.cluster,),
-    grid_names=("sm",),
-    cluster=(blocks,) if blocks > 1 else (),
-    cluster_names=("block",) if blocks > 1 else (),
-    num_threads=t.warpgroups + 1,
-    thread_name="warpgroup",
-  )
-  kernel: Any = functools.partial(
-    pl.kernel,
-    mesh=mesh,
-    compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+  return persistent(
+    body,
+    _scratch(out.dtype, t, scale_each_column, swizzle) | {"words": words},
+    "fp8_matmul",
+    out,
+    add_to,
+    # A cluster has one tile if it splits it.
+    clusters=tiles if t.split > 1 else sms // t.cluster,
+    blocks=t.cluster * t.split,
+    warpgroups=t.warpgroups + 1,
     interpret=interpret,
-    name="fp8_matmul",
   )
-  scratch = _scratch(out.dtype, t, scale_each_column, swizzle) | {"words": words}
-
-  def scoped(*refs):
-    pl.run_scoped(
-      functools.partial(body, *refs), collective_axes="warpgroup", **scratch
-    )
-
-  if add_to is None:
-    return lambda *operands: kernel(scoped, out_type=(out,))(*operands)[0]
-
-  add = kernel(scoped, out_type=())
-  return lambda *operands: in_place(lambda sums: add(*operands, sums), add_to)
 
 
 def _scratch(

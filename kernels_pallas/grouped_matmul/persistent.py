@@ -7,7 +7,7 @@ FP32 registers and store. The two thread blocks of a cluster walk side by side a
 once what both of their tiles need.
 
 What bounds it on an H200 is power: under full load the clock falls to some 1.45 GHz.
-So what counts is how often a byte is moved, from memory and between the SMs.
+So what counts is how often a byte is moved, from memory and to the SMs.
 """
 
 import dataclasses
@@ -21,7 +21,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.hopper import in_place, store, streaming_multiprocessors, swizzled
+from kernels_pallas.hopper import (
+  persistent,
+  store,
+  streaming_multiprocessors,
+  swizzled,
+)
 from kernels_pallas.ring import PerThread, PerWarp, Step, View, barriers
 
 WARPGROUP_ROWS = 64  # of a wgmma instruction
@@ -112,32 +117,18 @@ def run(
 
   scratch = _scratch(out.dtype, t, transposed) | {"words": words}
 
-  def scoped(*refs):
-    pl.run_scoped(
-      functools.partial(body, *refs), collective_axes="warpgroup", **scratch
-    )
-
   sms = num_sms or (streaming_multiprocessors() if interpret is None else 2)
-  mesh = plgpu.Mesh(
-    grid=(sms // t.cluster,),
-    grid_names=("sm",),
-    cluster=(t.cluster,) if t.cluster > 1 else (),
-    cluster_names=("block",) if t.cluster > 1 else (),
-    num_threads=3,
-    thread_name="warpgroup",
-  )
-  kernel: Any = functools.partial(
-    pl.kernel,
-    mesh=mesh,
-    compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+  return persistent(
+    body,
+    scratch,
+    "grouped_matmul",
+    out,
+    add_to,
+    clusters=sms // t.cluster,
+    blocks=t.cluster,
+    warpgroups=3,
     interpret=interpret,
-    name="grouped_matmul",
   )
-  if add_to is None:
-    return lambda *operands: kernel(scoped, out_type=(out,))(*operands)[0]
-
-  add = kernel(scoped, out_type=())
-  return lambda *operands: in_place(lambda sums: add(*operands, sums), add_to)
 
 
 def _store_columns(dtype) -> int:
