@@ -22,6 +22,10 @@ if not Path("/dev/nvidiactl").exists():
     "XLA_FLAGS", ""
   )
 
+# Several workers that each take most of a GPU's memory would leave it to the first.
+if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 import jax
 import pytest
 
